@@ -1,0 +1,2 @@
+//! The migr control command.
+fn main() {}
