@@ -49,7 +49,10 @@ impl PageRun {
 
 /// How many times a workload has changed hands. A host may run a workload only
 /// in the epoch its journal says it owns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
+#[serde(transparent)]
 pub struct Epoch(pub u64);
 
 impl Epoch {
@@ -79,7 +82,8 @@ pub struct NotAUuid {
 macro_rules! uuid_newtype {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+        #[serde(transparent)]
         pub struct $name(uuid::Uuid);
 
         impl $name {
@@ -93,6 +97,12 @@ macro_rules! uuid_newtype {
             #[must_use]
             pub fn as_bytes(&self) -> &[u8; 16] {
                 self.0.as_bytes()
+            }
+
+            /// The one with these 16 bytes.
+            #[must_use]
+            pub fn from_bytes(bytes: [u8; 16]) -> Self {
+                Self(uuid::Uuid::from_bytes(bytes))
             }
         }
 
@@ -131,4 +141,11 @@ uuid_newtype! {
 uuid_newtype! {
     /// Names a daemon: made at the first start with a state directory.
     HostId
+}
+
+/// Now, in ms since the Unix epoch.
+#[must_use]
+pub fn unix_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
 }

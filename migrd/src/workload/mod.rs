@@ -7,8 +7,10 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::pages::PageSet;
+use crate::units::WorkloadId;
 
 /// Number of one stream of a workload: a memory region, a log, a disk, an
 /// image file. Chosen by the workload, carried on the wire.
@@ -106,16 +108,79 @@ pub struct StreamHash {
     pub hash: [u8; 32],
 }
 
-/// The workload at the source of a migration.
+/// What a workload is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// It runs.
+    Running,
+    /// It stands still because somebody asked for that.
+    Paused,
+    /// It ended by itself, or was stopped: why.
+    Ended(String),
+}
+
+/// Output of a workload, and the way in for its input, while it is on this host.
+#[async_trait]
+pub trait Terminal: Send + Sync {
+    /// Output from the logical byte offset `from` on, at most about `max` bytes.
+    /// Older output than is kept is left out.
+    fn read(&self, from: u64, max: usize) -> Result<Vec<Output>, WorkloadError>;
+
+    /// Resolves when there may be more output than when `seen` was its end.
+    async fn more_than(&self, seen: u64);
+
+    /// Types `bytes`.
+    async fn input(&self, bytes: &[u8]) -> Result<(), WorkloadError>;
+}
+
+/// Part of one line of output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// Where `data` stands in everything the workload ever put out, in bytes.
+    pub offset: u64,
+    /// The bytes, of one line.
+    pub data: Vec<u8>,
+    /// `CLOCK_REALTIME` in ns at the first byte of the line.
+    pub line_unix_ns: i64,
+    /// `data` begins a line.
+    pub starts_line: bool,
+}
+
+/// Figures of a workload, for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Footprint {
+    /// Process that runs it; 0 if none does.
+    pub pid: u32,
+    /// Memory it has touched, in bytes.
+    pub populated_bytes: u64,
+    /// Memory that running it costs beyond its own, in bytes.
+    pub overhead_bytes: u64,
+    /// Output so far, in bytes.
+    pub log_bytes: u64,
+    /// Output that was lost, in bytes.
+    pub log_dropped_bytes: u64,
+}
+
+/// A workload of this host: what a migration takes away, and what an operator
+/// does to it meanwhile.
 ///
 /// It runs unless it was frozen; `freeze` and `thaw` come in pairs.
 #[async_trait]
-pub trait SourceWorkload: Send {
+pub trait Workload: Send + Sync {
     /// Its streams.
     fn streams(&self) -> Vec<StreamSpec>;
 
     /// Reads its streams from any thread.
     fn chunks(&self) -> Arc<dyn ChunkSource>;
+
+    /// What it is doing. The channel closes only with the workload's drop.
+    fn state(&self) -> watch::Receiver<RunState>;
+
+    /// Its output and input, usable while a migration holds the workload.
+    fn terminal(&self) -> Arc<dyn Terminal>;
+
+    /// What it costs now.
+    async fn footprint(&self) -> Result<Footprint, WorkloadError>;
 
     /// From now on knows which pages differ from what was last cleared. At
     /// first every populated page does.
@@ -125,7 +190,7 @@ pub trait SourceWorkload: Send {
     async fn stop_tracking(&mut self) -> Result<(), WorkloadError>;
 
     /// The pages that hold something and were written since they were last
-    /// cleared. Clears nothing.
+    /// cleared; without tracking, all that hold something. Clears nothing.
     async fn dirty(&mut self) -> Result<PageSet, WorkloadError>;
 
     /// Takes `pages` as clean; called right before they are read, so that a
@@ -145,28 +210,79 @@ pub trait SourceWorkload: Send {
     /// Runs again after `freeze`. A workload that was paused before stays so.
     async fn thaw(&mut self) -> Result<(), WorkloadError>;
 
-    /// Ends the stopped copy after the destination has confirmed that it runs.
-    async fn discard(self: Box<Self>);
+    /// Stands still until `resume`.
+    async fn pause(&mut self) -> Result<(), WorkloadError>;
 
-    /// Resolves, with the reason, when the workload has ended by itself.
-    async fn ended(&mut self) -> String;
+    /// Runs again after `pause`.
+    async fn resume(&mut self) -> Result<(), WorkloadError>;
+
+    /// Ends it. Its output stays readable.
+    async fn stop(&mut self) -> Result<(), WorkloadError>;
+
+    /// Drops it and everything this host holds of it.
+    async fn discard(self: Box<Self>);
 }
 
 /// The workload at the destination, from empty to running.
 #[async_trait]
-pub trait DestinationWorkload: Send {
+pub trait Arriving: Send + Sync {
     /// Writes its streams from any thread.
     fn chunks(&self) -> Arc<dyn ChunkSink>;
 
-    /// Takes what [`SourceWorkload::save`] gave. It does not run yet.
+    /// Takes what [`Workload::save`] gave. It does not run yet.
     async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError>;
 
     /// Hashes its streams.
     async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError>;
 
-    /// Runs it, or leaves it paused if it was paused at the source.
-    async fn start(&mut self) -> Result<(), WorkloadError>;
+    /// Runs it, or leaves it paused if `paused`. May be called again after an
+    /// error.
+    async fn start(&mut self, paused: bool) -> Result<(), WorkloadError>;
+
+    /// The workload, after `start`.
+    fn arrived(self: Box<Self>) -> Box<dyn Workload>;
 
     /// Drops it and everything it holds.
     async fn discard(self: Box<Self>);
+}
+
+/// What a host needs to know to make room for a workload that arrives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    /// The workload.
+    pub workload: WorkloadId,
+    /// Its name, valid and unused on this host when checked.
+    pub name: String,
+    /// Its kind.
+    pub kind: Kind,
+    /// Its streams.
+    pub streams: Vec<StreamSpec>,
+    /// What its kind makes it of.
+    pub config: Vec<u8>,
+    /// Memory to reserve, in bytes.
+    pub memory_bytes: u64,
+    /// Virtual CPUs; 0 where that says nothing.
+    pub cpus: u32,
+    /// It stays paused.
+    pub paused: bool,
+    /// When it was first created, in ms since the Unix epoch.
+    pub created_unix_ms: i64,
+}
+
+/// A kind of workload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A virtual machine.
+    Vm,
+}
+
+/// Makes workloads of one kind on this host.
+#[async_trait]
+pub trait Engine: Send + Sync {
+    /// Whether what the manifest announces could be run here; nothing is made.
+    fn check(&self, manifest: &Manifest) -> Result<(), WorkloadError>;
+
+    /// Makes an empty workload that is ready to receive.
+    async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError>;
 }

@@ -1,0 +1,297 @@
+//! One arrival and the task that owns it: Receiving until it is sealed, then
+//! Sealed until its source has decided.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use super::sealed::{self, Held};
+use super::{ArrivalError, Claim, Remembered, Shared};
+use crate::migration::journal::{Counterpart, Identity};
+use crate::migration::link::{Intake, Peer, SealOrder, SealReport, Standing};
+use crate::units::{Epoch, MigrationId};
+use crate::workload::Arriving;
+
+/// The longest pause between two questions to the source.
+const ASK_MOST: Duration = Duration::from_secs(10);
+/// How long the source has to answer one.
+const ANSWER_WAIT: Duration = Duration::from_secs(5);
+
+type Reply<T> = oneshot::Sender<Result<T, ArrivalError>>;
+
+/// What an arrival can be told.
+pub(super) enum Command {
+    Seal(SealOrder, Reply<SealReport>),
+    Activate(Epoch, Reply<Duration>),
+    Abandon(String, Reply<()>),
+    Resolve(Reply<Standing>),
+    Force(bool, Reply<()>),
+}
+
+/// What is known of an arrival whatever its phase.
+pub(super) struct Facts {
+    pub(super) shared: Arc<Shared>,
+    pub(super) identity: Identity,
+    /// The epoch this host would own it in.
+    pub(super) epoch: Epoch,
+    pub(super) paused: bool,
+    pub(super) from: Counterpart,
+    pub(super) claim: Claim,
+}
+
+/// An arrival in either of its phases.
+pub(super) struct Arrival {
+    facts: Facts,
+    phase: Phase,
+}
+
+enum Phase {
+    Receiving { workload: Box<dyn Arriving>, intake: Arc<dyn Intake> },
+    Sealed(Held),
+}
+
+/// Whether the task goes on.
+enum Next {
+    Wait(Arrival),
+    Done,
+}
+
+impl Arrival {
+    pub(super) fn receiving(
+        facts: Facts,
+        workload: Box<dyn Arriving>,
+        intake: Arc<dyn Intake>,
+    ) -> Self {
+        Self { facts, phase: Phase::Receiving { workload, intake } }
+    }
+
+    pub(super) fn remembered(shared: &Arc<Shared>, found: Remembered) -> Option<Self> {
+        let sealed = found.record.sealed?;
+        let facts = Facts {
+            shared: shared.clone(),
+            identity: found.record.identity,
+            epoch: sealed.epoch,
+            paused: sealed.paused,
+            from: sealed.from,
+            claim: found.claim,
+        };
+        let held = Held { workload: found.workload, report: None };
+        Some(Self { facts, phase: Phase::Sealed(held) })
+    }
+
+    pub(super) fn migration(&self) -> MigrationId {
+        self.facts.from.migration
+    }
+
+    /// Serves commands until it runs or is discarded.
+    pub(super) async fn run(self, mut inbox: mpsc::Receiver<Command>) {
+        let (shared, migration) = (self.facts.shared.clone(), self.migration());
+        let mut arrival = self;
+        let mut pause = shared.patience.ask;
+        let mut wake = Instant::now() + arrival.first_pause();
+        loop {
+            let was_sealed = matches!(arrival.phase, Phase::Sealed(_));
+            let next = tokio::select! {
+                Some(command) = inbox.recv() => arrival.command(command).await,
+                () = tokio::time::sleep_until(wake) => {
+                    pause = (pause * 2).min(ASK_MOST);
+                    wake = Instant::now() + pause;
+                    arrival.tick().await
+                }
+            };
+            arrival = match next {
+                Next::Wait(arrival) => arrival,
+                Next::Done => break,
+            };
+            if !was_sealed && matches!(arrival.phase, Phase::Sealed(_)) {
+                pause = shared.patience.ask;
+                wake = Instant::now() + pause;
+            }
+        }
+        shared.open().remove(&migration);
+    }
+
+    fn first_pause(&self) -> Duration {
+        match self.phase {
+            Phase::Receiving { .. } => self.facts.shared.patience.idle / 4,
+            Phase::Sealed(_) => Duration::ZERO,
+        }
+    }
+
+    async fn command(self, command: Command) -> Next {
+        match command {
+            Command::Seal(order, reply) => self.seal(order, reply).await,
+            Command::Activate(epoch, reply) => self.activate(epoch, reply).await,
+            Command::Abandon(reason, reply) => {
+                let done = self.discard(&reason).await;
+                answer(done, (), reply)
+            }
+            Command::Resolve(reply) => match self.phase {
+                Phase::Sealed(_) => {
+                    let _ = reply.send(Ok(Standing::Sealed));
+                    Next::Wait(self)
+                }
+                Phase::Receiving { .. } => {
+                    let done = self.discard("its source has given up").await;
+                    answer(done, Standing::Discarded, reply)
+                }
+            },
+            Command::Force(run, reply) => self.force(run, reply).await,
+        }
+    }
+
+    async fn seal(self, order: SealOrder, reply: Reply<SealReport>) -> Next {
+        match self.phase {
+            Phase::Receiving { mut workload, intake } => {
+                let facts = self.facts;
+                let sealed = sealed::seal(&facts, workload.as_mut(), &intake, &order).await;
+                intake.close("the migration is sealed");
+                match sealed {
+                    Ok(report) => {
+                        let _ = reply.send(Ok(report));
+                        let held = Held { workload, report: Some(report) };
+                        Next::Wait(Self { facts, phase: Phase::Sealed(held) })
+                    }
+                    Err(error) => {
+                        let reason = error.to_string();
+                        let phase = Phase::Receiving { workload, intake };
+                        let arrival = Self { facts, phase };
+                        let done = arrival.discard(&reason).await;
+                        let _ = reply.send(Err(error));
+                        done.map_or_else(|(arrival, _)| Next::Wait(*arrival), |()| Next::Done)
+                    }
+                }
+            }
+            Phase::Sealed(ref held) => {
+                let again = held.report.ok_or(ArrivalError::Unexpected {
+                    call: "Seal",
+                    phase: "sealed",
+                });
+                let _ = reply.send(again);
+                Next::Wait(self)
+            }
+        }
+    }
+
+    async fn activate(self, epoch: Epoch, reply: Reply<Duration>) -> Next {
+        if epoch != self.facts.epoch || matches!(self.phase, Phase::Receiving { .. }) {
+            let phase = if epoch == self.facts.epoch { "not sealed" } else { "of another epoch" };
+            let _ = reply.send(Err(ArrivalError::Unexpected { call: "Activate", phase }));
+            return Next::Wait(self);
+        }
+        let (outcome, next) = self.own(None).await;
+        let _ = reply.send(outcome);
+        next
+    }
+
+    async fn force(self, run: bool, reply: Reply<()>) -> Next {
+        match (&self.phase, run) {
+            (Phase::Receiving { .. }, _) => {
+                let (call, phase) = ("force", "still receiving");
+                let _ = reply.send(Err(ArrivalError::Unexpected { call, phase }));
+                Next::Wait(self)
+            }
+            (Phase::Sealed(_), true) => {
+                let (outcome, next) = self.own(Some(())).await;
+                let _ = reply.send(outcome.map(drop));
+                next
+            }
+            (Phase::Sealed(_), false) => {
+                let done = self.discard("an operator gave it up").await;
+                answer(done, (), reply)
+            }
+        }
+    }
+
+    /// Owns it in the journal, then runs it. `forced`: on an operator's word.
+    async fn own(self, forced: Option<()>) -> (Result<Duration, ArrivalError>, Next) {
+        let Phase::Sealed(held) = self.phase else {
+            let (call, phase) = ("Activate", "still receiving");
+            return (Err(ArrivalError::Unexpected { call, phase }), Next::Wait(self));
+        };
+        match sealed::own(self.facts, held, forced.is_some()).await {
+            sealed::Owning::Runs(took) => (Ok(took), Next::Done),
+            sealed::Owning::NeverRan(error) => (Err(error), Next::Done),
+            sealed::Owning::StillSealed(facts, held, error) => {
+                (Err(error), Next::Wait(Self { facts, phase: Phase::Sealed(held) }))
+            }
+        }
+    }
+
+    /// Time has passed without a word.
+    async fn tick(self) -> Next {
+        match &self.phase {
+            Phase::Receiving { intake, .. } => {
+                if intake.last_activity().elapsed() < self.facts.shared.patience.idle {
+                    return Next::Wait(self);
+                }
+                tracing::warn!(migration = %self.migration(), "nothing arrives any more");
+                match self.discard("nothing arrived for too long").await {
+                    Ok(()) => Next::Done,
+                    Err((arrival, _)) => Next::Wait(*arrival),
+                }
+            }
+            Phase::Sealed(_) => self.ask_source().await,
+        }
+    }
+
+    async fn ask_source(self) -> Next {
+        let source: Arc<dyn Peer> = self.facts.shared.host.peer(&self.facts.from.address);
+        let asked = source.resolve(self.migration(), self.facts.identity.id, self.facts.epoch, false);
+        match tokio::time::timeout(ANSWER_WAIT, asked).await {
+            Ok(Ok(Standing::Released)) => self.own(None).await.1,
+            Ok(Ok(Standing::Aborted)) => {
+                match self.discard("its source will not release it").await {
+                    Ok(()) => Next::Done,
+                    Err((arrival, _)) => Next::Wait(*arrival),
+                }
+            }
+            Ok(Ok(_)) => Next::Wait(self),
+            Ok(Err(error)) => {
+                tracing::warn!(migration = %self.migration(), %error,
+                    "a sealed copy waits and its source does not answer");
+                Next::Wait(self)
+            }
+            Err(_) => Next::Wait(self),
+        }
+    }
+
+    /// Promises never to run it and drops it. Kept if the promise can't be
+    /// written, since it may have been given before.
+    async fn discard(self, reason: &str) -> Result<(), (Box<Self>, ArrivalError)> {
+        tracing::info!(migration = %self.migration(), reason, "arrival discarded");
+        let sealed = matches!(self.phase, Phase::Sealed(_));
+        let promised =
+            sealed::promise(&self.facts.shared, &self.facts.identity, self.migration(), sealed).await;
+        if let Err(error) = promised {
+            return Err((Box::new(self), error.into()));
+        }
+        match self.phase {
+            Phase::Receiving { workload, intake } => {
+                intake.close(reason);
+                workload.discard().await;
+            }
+            Phase::Sealed(held) => held.workload.discard().await,
+        }
+        Ok(())
+    }
+}
+
+fn answer<T>(
+    done: Result<(), (Box<Arrival>, ArrivalError)>,
+    value: T,
+    reply: Reply<T>,
+) -> Next {
+    match done {
+        Ok(()) => {
+            let _ = reply.send(Ok(value));
+            Next::Done
+        }
+        Err((arrival, error)) => {
+            let _ = reply.send(Err(error));
+            Next::Wait(*arrival)
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! The taking side: what arrives, from the offer to the first instruction.
+//!
+//! Each arrival is owned by one task ([`arrival`]); [`Arrivals`] finds it by
+//! its migration and answers from the journal when there is none.
+
+mod accepted;
+mod arrival;
+mod sealed;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::migration::journal::{Counterpart, Identity, Journal, JournalError, WorkloadRecord};
+use crate::migration::link::{Blocker, LaneGate, Offer, Peer, SealOrder, SealReport, Standing};
+use crate::units::{Epoch, MigrationId, WorkloadId};
+use crate::workload::{Arriving, Engine, Kind, Manifest, Workload, WorkloadError};
+
+pub use accepted::MAX_LANES;
+use arrival::{Arrival, Command};
+
+/// How long things may take at the destination.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// A reservation without any traffic is dropped after this.
+    pub idle: Duration,
+    /// A sealed copy without Activate asks the source after this, and again
+    /// and again.
+    pub ask: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { idle: Duration::from_secs(60), ask: Duration::from_secs(2) }
+    }
+}
+
+/// A name and memory set aside on this host; given back when dropped.
+pub type Claim = Box<dyn Send + Sync>;
+
+/// The host that workloads arrive at.
+#[async_trait::async_trait]
+pub trait Host: Send + Sync {
+    /// Sets name and memory aside. With `dry_run` only says whether it could.
+    ///
+    /// # Errors
+    /// What stands in the way.
+    fn claim(
+        &self,
+        manifest: &Manifest,
+        migration: MigrationId,
+        dry_run: bool,
+    ) -> Result<Claim, Blocker>;
+
+    /// Takes over what has arrived and runs.
+    async fn arrived(&self, record: WorkloadRecord, workload: Box<dyn Workload>, claim: Claim);
+
+    /// Makes workloads of `kind`, if this host can.
+    fn engine(&self, kind: Kind) -> Option<Arc<dyn Engine>>;
+
+    /// The daemon that listens at `address`.
+    fn peer(&self, address: &str) -> Arc<dyn Peer>;
+}
+
+/// A call about an arrival could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum ArrivalError {
+    /// No such migration here.
+    #[error("this host knows no migration {0}; it was discarded, or never offered")]
+    Unknown(MigrationId),
+    /// The call does not fit the phase.
+    #[error("{call} does not fit a migration that is {phase}")]
+    Unexpected {
+        /// The call.
+        call: &'static str,
+        /// The phase.
+        phase: &'static str,
+    },
+    /// The pages did not all arrive.
+    #[error("the pages did not arrive whole: {0}")]
+    Incomplete(String),
+    /// The hashes differ.
+    #[error("stream {0} differs from the source's")]
+    Differs(u32),
+    /// The source hashed other streams than this host holds.
+    #[error("the source verified other streams than were sent")]
+    OddHashes,
+    /// The workload.
+    #[error(transparent)]
+    Workload(#[from] WorkloadError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What has been offered to this host and does not run yet. Cheap to clone.
+#[derive(Clone)]
+pub struct Arrivals {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    host: Arc<dyn Host>,
+    journal: Journal,
+    gate: Arc<dyn LaneGate>,
+    patience: Patience,
+    open: Mutex<HashMap<MigrationId, mpsc::Sender<Command>>>,
+}
+
+impl Shared {
+    fn open(&self) -> MutexGuard<'_, HashMap<MigrationId, mpsc::Sender<Command>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A sealed copy that a restarted daemon found again.
+pub struct Remembered {
+    /// The journal's record; its `sealed` is set.
+    pub record: WorkloadRecord,
+    /// The copy.
+    pub workload: Box<dyn Arriving>,
+    /// What was set aside for it.
+    pub claim: Claim,
+}
+
+impl Arrivals {
+    /// None yet.
+    #[must_use]
+    pub fn new(
+        host: Arc<dyn Host>,
+        journal: Journal,
+        gate: Arc<dyn LaneGate>,
+        patience: Patience,
+    ) -> Self {
+        let open = Mutex::default();
+        Self { shared: Arc::new(Shared { host, journal, gate, patience, open }) }
+    }
+
+    /// Checks an offer and, unless it is a dry run, makes room for it. An empty
+    /// answer is a yes.
+    pub async fn offer(&self, offer: Offer, from: Counterpart) -> Vec<Blocker> {
+        let accepted = accepted::accept(&self.shared, offer, from).await;
+        match accepted {
+            Ok(Some(arrival)) => {
+                self.start(arrival);
+                Vec::new()
+            }
+            Ok(None) => Vec::new(),
+            Err(blockers) => blockers,
+        }
+    }
+
+    /// Takes a sealed copy back into care after a restart.
+    pub fn remember(&self, remembered: Remembered) {
+        if let Some(arrival) = Arrival::remembered(&self.shared, remembered) {
+            self.start(arrival);
+        }
+    }
+
+    fn start(&self, arrival: Arrival) {
+        let (commands, inbox) = mpsc::channel(8);
+        self.shared.open().insert(arrival.migration(), commands);
+        tokio::spawn(arrival.run(inbox));
+    }
+
+    async fn ask<T>(
+        &self,
+        migration: MigrationId,
+        command: impl FnOnce(oneshot::Sender<Result<T, ArrivalError>>) -> Command,
+    ) -> Result<T, ArrivalError> {
+        let commands = self.shared.open().get(&migration).cloned();
+        let commands = commands.ok_or(ArrivalError::Unknown(migration))?;
+        let (reply, answer) = oneshot::channel();
+        let sent = commands.send(command(reply)).await;
+        sent.map_err(|_| ArrivalError::Unknown(migration))?;
+        answer.await.unwrap_or(Err(ArrivalError::Unknown(migration)))
+    }
+
+    /// Everything was sent: load, check and hold it.
+    ///
+    /// # Errors
+    /// The copy is then discarded, but for a call out of place.
+    pub async fn seal(&self, order: SealOrder) -> Result<SealReport, ArrivalError> {
+        let id = order.migration;
+        self.ask(id, |reply| Command::Seal(order, reply)).await
+    }
+
+    /// Owns it and runs it. Done once, however often it is asked.
+    ///
+    /// # Errors
+    /// When it does not run here; [`Self::resolve`] then says how it stands.
+    pub async fn activate(
+        &self,
+        migration: MigrationId,
+        epoch: Epoch,
+    ) -> Result<Duration, ArrivalError> {
+        self.ask(migration, |reply| Command::Activate(epoch, reply)).await
+    }
+
+    /// Drops it, durably. What this host owns already can't be dropped so.
+    ///
+    /// # Errors
+    /// When it runs here, or the journal can't be written.
+    pub async fn abandon(&self, migration: MigrationId, reason: String) -> Result<(), ArrivalError> {
+        match self.ask(migration, |reply| Command::Abandon(reason, reply)).await {
+            Err(ArrivalError::Unknown(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// How the migration stands here, for its source. If this host does not own
+    /// it and does not hold it sealed, it never will: that is on the disk
+    /// before the answer is given.
+    ///
+    /// # Errors
+    /// When the journal can't be read or written.
+    pub async fn resolve(
+        &self,
+        migration: MigrationId,
+        workload: WorkloadId,
+        epoch: Epoch,
+    ) -> Result<Standing, ArrivalError> {
+        match self.ask(migration, Command::Resolve).await {
+            Err(ArrivalError::Unknown(_)) => {}
+            other => return other,
+        }
+        if let Some(record) = self.shared.journal.get(workload)? {
+            let sealed = record.sealed.as_ref();
+            if sealed.is_some_and(|s| s.from.migration == migration) {
+                return Ok(Standing::Sealed);
+            }
+            if record.epoch >= epoch {
+                let given_back = self.shared.journal.is_discarded(migration)?;
+                return Ok(if given_back { Standing::Discarded } else { Standing::Owned });
+            }
+        }
+        let journal = self.shared.journal.clone();
+        let promised = tokio::task::spawn_blocking(move || journal.discard_unknown(migration));
+        promised.await.unwrap_or(Err(JournalError::Damaged(workload.to_string())))?;
+        Ok(Standing::Discarded)
+    }
+
+    /// An operator's word on a sealed copy whose source is lost: run it, or
+    /// drop it.
+    ///
+    /// # Errors
+    /// When no sealed copy of that migration is here or it can't be done.
+    pub async fn force(&self, migration: MigrationId, run: bool) -> Result<(), ArrivalError> {
+        self.ask(migration, |reply| Command::Force(run, reply)).await
+    }
+}
+
+fn identity(manifest: &Manifest) -> Identity {
+    Identity {
+        id: manifest.workload,
+        name: manifest.name.clone(),
+        kind: manifest.kind,
+        config: manifest.config.clone(),
+        memory_bytes: manifest.memory_bytes,
+        cpus: manifest.cpus,
+        created_unix_ms: manifest.created_unix_ms,
+    }
+}

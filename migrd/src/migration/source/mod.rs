@@ -1,0 +1,341 @@
+//! The giving side: one file a phase, each a type whose transitions consume it.
+//!
+//! On `Ok` the phase is reached; on `Err` the workload runs again here, nothing
+//! is left at the destination that could run, and [`Aborted`] gives it back.
+//! Only [`released::Released`] can't abort.
+
+mod offered;
+mod precopy;
+pub mod released;
+mod stopped;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::migration::journal::{Counterpart, Identity, Journal};
+use crate::migration::link::{LaneTotals, LinkError, PageLanes, Peer};
+use crate::migration::phase::{
+    Failure, MigrationError, Mode, Outcome, Phase, Progress, Report, Tally,
+};
+use crate::pages::PageSet;
+use crate::units::{Epoch, MigrationId};
+use crate::workload::{RunState, Workload};
+
+use released::{Released, Settled};
+
+/// How long an abort waits for the peer to hear of it. The peer finds out by
+/// itself if it does not.
+const ABANDON_WAIT: Duration = Duration::from_secs(2);
+
+/// What the user asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// How memory moves.
+    pub mode: Mode,
+    /// The longest the workload may stand still by prediction.
+    pub max_downtime: Duration,
+    /// The longest until the workload is stopped.
+    pub timeout: Option<Duration>,
+    /// Compare hashes of all streams while it stands still.
+    pub verify: bool,
+}
+
+/// What a stop costs besides memory, learned from stops done by this daemon.
+#[derive(Clone)]
+pub struct FixedCost(Arc<Mutex<Duration>>);
+
+impl Default for FixedCost {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Duration::from_millis(8))))
+    }
+}
+
+impl FixedCost {
+    /// The estimate.
+    #[must_use]
+    pub fn get(&self) -> Duration {
+        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Learns from a stop that cost `seen` besides memory.
+    pub fn learn(&self, seen: Duration) {
+        let mut cost = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        *cost = (*cost * 3 + seen) / 4;
+    }
+}
+
+/// Everything a migration needs besides the workload.
+pub struct Context {
+    /// The migration.
+    pub id: MigrationId,
+    /// The workload.
+    pub identity: Identity,
+    /// The epoch this host owns it in.
+    pub epoch: Epoch,
+    /// It is paused and stays so.
+    pub paused: bool,
+    /// What was asked for.
+    pub request: Request,
+    /// This host's address.
+    pub here: String,
+    /// The destination.
+    pub peer: Arc<dyn Peer>,
+    /// This host's journal.
+    pub journal: Journal,
+    /// Cancels it.
+    pub cancel: CancellationToken,
+    /// The daemon is going down.
+    pub shutdown: CancellationToken,
+    /// Told how far it is.
+    pub progress: watch::Sender<Progress>,
+    /// What stops cost on this host.
+    pub fixed_cost: FixedCost,
+    /// How many lanes to use.
+    pub lanes: u32,
+}
+
+impl Context {
+    fn counterpart(&self) -> Counterpart {
+        Counterpart { migration: self.id, address: self.peer.address().to_owned() }
+    }
+}
+
+/// The workload runs here, as before the migration; why it did not move.
+pub struct Aborted {
+    /// The workload.
+    pub workload: Box<dyn Workload>,
+    cause: MigrationError,
+    phase: Phase,
+    run: Record,
+}
+
+/// What outlives the phases: for the report.
+struct Record {
+    context: Context,
+    tally: Tally,
+}
+
+/// How a migration ended, with the workload where there still is one.
+pub enum End {
+    /// It runs at the destination; nothing of it is left here.
+    Moved(Report),
+    /// It is here as before.
+    Kept(Box<dyn Workload>, Report),
+    /// It was given away and the peer can't be reached. It stands still here.
+    InDoubt(Released, Report),
+}
+
+/// Moves `workload` to the peer.
+pub async fn run(context: Context, workload: Box<dyn Workload>) -> End {
+    match phases(context, workload).await {
+        Err(aborted) => {
+            let Aborted { workload, cause, phase, run } = aborted;
+            let report = run.report_failure(&cause, phase);
+            End::Kept(workload, report)
+        }
+        Ok((released, settled, run)) => released.end(settled, run).await,
+    }
+}
+
+async fn phases(
+    context: Context,
+    workload: Box<dyn Workload>,
+) -> Result<(Released, Settled, Record), Aborted> {
+    let offered = offered::Offered::make(Run::new(context, workload)).await?;
+    let copied = offered.precopy().await?;
+    let stopped = copied.stop().await?;
+    let sealed = stopped.seal().await?;
+    let (mut released, run) = sealed.release().await?;
+    let settled = released.settle_soon().await;
+    Ok((released, settled, run))
+}
+
+/// A migration that can still be aborted.
+struct Run {
+    record: Record,
+    workload: Box<dyn Workload>,
+    state: watch::Receiver<RunState>,
+    deadline: Option<Instant>,
+    lanes: Option<Box<dyn PageLanes>>,
+    offered: bool,
+    tracking: bool,
+    frozen: bool,
+    phase: Phase,
+}
+
+impl Run {
+    fn new(context: Context, workload: Box<dyn Workload>) -> Self {
+        let deadline = context.request.timeout.map(|t| Instant::now() + t);
+        let state = workload.state();
+        Self {
+            record: Record { context, tally: Tally::new() },
+            workload,
+            state,
+            deadline,
+            lanes: None,
+            offered: false,
+            tracking: false,
+            frozen: false,
+            phase: Phase::Planning,
+        }
+    }
+
+    fn context(&self) -> &Context {
+        &self.record.context
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        tracing::info!(%phase, "migration phase");
+        self.record.context.progress.send_modify(|p| p.phase = phase);
+    }
+
+    /// What may cut a wait short.
+    fn interrupt(&self) -> Interrupt {
+        Interrupt {
+            cancel: self.context().cancel.clone(),
+            shutdown: self.context().shutdown.clone(),
+            deadline: self.deadline,
+            timeout: self.context().request.timeout.unwrap_or_default(),
+            state: self.state.clone(),
+        }
+    }
+
+    /// Makes the workload run again and tells the peer; never fails.
+    async fn abort(mut self, cause: MigrationError) -> Aborted {
+        tracing::warn!(phase = %self.phase, error = %cause, "migration aborted");
+        if let Some(lanes) = self.lanes.take() {
+            drop(lanes);
+        }
+        if self.frozen {
+            if let Err(error) = self.workload.thaw().await {
+                tracing::error!(%error, "the workload could not be set running again");
+            }
+        }
+        if self.tracking {
+            if let Err(error) = self.workload.stop_tracking().await {
+                tracing::warn!(%error, "page tracking could not be switched off");
+            }
+        }
+        if self.offered {
+            let reason = cause.to_string();
+            let told = self.context().peer.abandon(self.context().id, &reason);
+            match tokio::time::timeout(ABANDON_WAIT, told).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::info!(%error, "the peer could not be told"),
+                Err(_) => tracing::info!("the peer could not be told in time"),
+            }
+        }
+        Aborted { workload: self.workload, cause, phase: self.phase, run: self.record }
+    }
+
+    /// Aborts with whatever `result` says, or gives its value.
+    async fn or_abort<T, E: Into<MigrationError>>(
+        self,
+        result: Result<T, E>,
+    ) -> Result<(Self, T), Aborted> {
+        match result {
+            Ok(value) => Ok((self, value)),
+            Err(error) => Err(self.abort(error.into()).await),
+        }
+    }
+}
+
+/// Ends a wait early: cancelled, timed out, or the workload has ended.
+struct Interrupt {
+    cancel: CancellationToken,
+    shutdown: CancellationToken,
+    deadline: Option<Instant>,
+    timeout: Duration,
+    state: watch::Receiver<RunState>,
+}
+
+impl Interrupt {
+    async fn guard<T, E: Into<MigrationError>>(
+        &mut self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, MigrationError> {
+        let deadline = self.deadline;
+        let late = async move {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err(MigrationError::Cancelled),
+            () = self.shutdown.cancelled() => Err(MigrationError::ShuttingDown),
+            reason = ended(&mut self.state) => Err(MigrationError::Ended(reason)),
+            () = late => Err(MigrationError::TimedOut(self.timeout)),
+            done = work => done.map_err(Into::into),
+        }
+    }
+}
+
+async fn ended(state: &mut watch::Receiver<RunState>) -> String {
+    let seen = state.wait_for(|s| matches!(s, RunState::Ended(_))).await;
+    match seen.as_deref() {
+        Ok(RunState::Ended(reason)) => reason.clone(),
+        Ok(_) | Err(_) => std::future::pending().await,
+    }
+}
+
+/// Queues every page of `pages`.
+async fn send_pages(lanes: &mut dyn PageLanes, pages: &PageSet) -> Result<(), LinkError> {
+    for (key, bitmap) in pages.iter() {
+        for run in bitmap.runs() {
+            lanes.send(key, run).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What `after` carried that `before` had not.
+fn data_bytes(before: &LaneTotals, after: &LaneTotals) -> u64 {
+    after.bytes_on_wire.saturating_sub(before.bytes_on_wire)
+}
+
+impl Record {
+    fn report(self, outcome: Outcome, epoch: Epoch, failure: Option<Failure>) -> Report {
+        let Self { context, tally } = self;
+        Report {
+            migration: context.id,
+            workload: context.identity.name,
+            mode: context.request.mode,
+            outcome,
+            source: context.here,
+            destination: context.peer.address().to_owned(),
+            epoch,
+            total: tally.started.elapsed(),
+            tally,
+            failure,
+            blockers: Vec::new(),
+        }
+    }
+
+    fn report_failure(self, cause: &MigrationError, phase: Phase) -> Report {
+        let outcome = match cause {
+            MigrationError::Cancelled => Outcome::Cancelled,
+            _ => Outcome::Failed,
+        };
+        let host = match cause {
+            MigrationError::Link(_) | MigrationError::NotVerified => {
+                self.context.peer.address().to_owned()
+            }
+            _ => self.context.here.clone(),
+        };
+        let failure =
+            Failure { message: cause.to_string(), host, phase, remedy: cause.remedy() };
+        let blockers = match cause {
+            MigrationError::Refused(blockers) => blockers.clone(),
+            _ => Vec::new(),
+        };
+        let epoch = self.context.epoch;
+        Report { blockers, ..self.report(outcome, epoch, Some(failure)) }
+    }
+}

@@ -1,0 +1,65 @@
+//! Offered: the destination has checked the manifest, reserved memory and made
+//! an empty workload; the lanes are open. Nothing of the workload was touched.
+
+use super::precopy::Copied;
+use super::{Aborted, Run};
+use crate::migration::link::Offer;
+use crate::migration::phase::{MigrationError, Mode, Phase};
+use crate::workload::Manifest;
+
+/// The peer is ready to receive.
+pub(super) struct Offered(Run);
+
+impl Offered {
+    pub(super) async fn make(mut run: Run) -> Result<Self, Aborted> {
+        run.enter(Phase::Planning);
+        let offer = offer(&run);
+        let (id, lanes) = (run.context().id, run.context().lanes);
+        let peer = run.context().peer.clone();
+        // From here on the peer may hold something, even if no answer comes.
+        run.offered = true;
+        let mut interrupt = run.interrupt();
+        let blockers = interrupt.guard(peer.offer(&offer)).await;
+        let (mut run, blockers) = run.or_abort(blockers).await?;
+        if !blockers.is_empty() {
+            run.offered = false;
+            return Err(run.abort(MigrationError::Refused(blockers)).await);
+        }
+        run.enter(Phase::Offered);
+        let (streams, chunks) = (run.workload.streams(), run.workload.chunks());
+        let opened = interrupt.guard(peer.lanes(id, &streams, chunks, lanes)).await;
+        let (mut run, lanes) = run.or_abort(opened).await?;
+        run.lanes = Some(lanes);
+        Ok(Self(run))
+    }
+
+    /// Sends memory in rounds while the workload runs; in mode `stop`, nothing.
+    pub(super) async fn precopy(self) -> Result<Copied, Aborted> {
+        match self.0.context().request.mode {
+            Mode::Precopy => Copied::by_rounds(self.0).await,
+            Mode::Stop => Ok(Copied::nothing(self.0)),
+        }
+    }
+}
+
+fn offer(run: &Run) -> Offer {
+    let context = run.context();
+    let identity = &context.identity;
+    Offer {
+        migration: context.id,
+        epoch: context.epoch.next(),
+        manifest: Manifest {
+            workload: identity.id,
+            name: identity.name.clone(),
+            kind: identity.kind,
+            streams: run.workload.streams(),
+            config: identity.config.clone(),
+            memory_bytes: identity.memory_bytes,
+            cpus: identity.cpus,
+            paused: context.paused,
+            created_unix_ms: identity.created_unix_ms,
+        },
+        lanes: context.lanes,
+        dry_run: false,
+    }
+}

@@ -1,0 +1,125 @@
+//! Stopped and Sealed: the workload stands still, the rest of it moves, the
+//! destination says that it has everything. Every wait here is downtime.
+
+use std::time::{Duration, Instant};
+
+use super::precopy::{no_lanes, skipped};
+use super::released::Released;
+use super::{Aborted, Record, Run, send_pages};
+use crate::migration::journal::Event;
+use crate::migration::link::SealOrder;
+use crate::migration::phase::{MigrationError, Phase};
+use crate::workload::WorkloadError;
+
+/// The workload stands still and everything of it was sent.
+pub(super) struct Stopped {
+    run: Run,
+    order: SealOrder,
+}
+
+/// The destination holds a complete copy that does not run.
+pub(super) struct Sealed(Run);
+
+impl Stopped {
+    pub(super) async fn stop(mut run: Run) -> Result<Self, Aborted> {
+        run.enter(Phase::Stopped);
+        let started = Instant::now();
+        let frozen = run.workload.freeze().await;
+        let (mut run, ()) = run.or_abort(frozen).await?;
+        run.frozen = true;
+        run.record.tally.downtime.pause = started.elapsed();
+        let order = run.send_rest().await;
+        let (run, order) = run.or_abort(order).await?;
+        Ok(Self { run, order })
+    }
+
+    /// Has the destination load the state and check everything.
+    pub(super) async fn seal(self) -> Result<Sealed, Aborted> {
+        let Self { run, order } = self;
+        let started = Instant::now();
+        let peer = run.context().peer.clone();
+        let report = run.interrupt().guard(peer.seal(&order)).await;
+        let (mut run, report) = run.or_abort(report).await?;
+        let asked = run.context().request.verify;
+        if asked && !report.verified {
+            return Err(run.abort(MigrationError::NotVerified).await);
+        }
+        let downtime = &mut run.record.tally.downtime;
+        downtime.verify += report.verify;
+        downtime.restore = started.elapsed().saturating_sub(report.verify);
+        run.record.tally.verified = asked.then_some(report.verified);
+        run.enter(Phase::Sealed);
+        Ok(Sealed(run))
+    }
+}
+
+impl Run {
+    /// Sends the last pages while the state is saved.
+    async fn send_rest(&mut self) -> Result<SealOrder, MigrationError> {
+        let mut interrupt = self.interrupt();
+        let started = Instant::now();
+        let pending = self.workload.dirty().await?;
+        if self.record.tally.rounds.is_empty() {
+            self.record.tally.skipped = skipped(self.workload.as_ref(), &pending);
+        }
+        let lanes = self.lanes.as_deref_mut().ok_or_else(no_lanes)?;
+        let memory = async {
+            send_pages(lanes, &pending).await?;
+            let totals = lanes.flush().await?;
+            Ok::<_, MigrationError>((totals, started.elapsed()))
+        };
+        let memory = interrupt.guard(memory);
+        let (memory, state) = tokio::join!(memory, self.workload.save());
+        let (totals, memory_took) = memory?;
+        let state = state?;
+        let both = started.elapsed();
+        self.record.tally.lanes = totals;
+        self.record.tally.downtime.memory = memory_took;
+        self.record.tally.downtime.state = both.saturating_sub(memory_took);
+        let hashes = if self.context().request.verify {
+            let started = Instant::now();
+            let hashes = self.workload.hash().await?;
+            self.record.tally.downtime.verify = started.elapsed();
+            hashes
+        } else {
+            Vec::new()
+        };
+        Ok(SealOrder {
+            migration: self.context().id,
+            batches: self.record.tally.lanes.batches.clone(),
+            state,
+            hashes,
+        })
+    }
+}
+
+impl Sealed {
+    /// Journals that the workload is the peer's. The one irrevocable step: an
+    /// answer that does not come proves nothing, so nothing after it aborts.
+    pub(super) async fn release(self) -> Result<(Released, Record), Aborted> {
+        let run = self.0;
+        if run.context().cancel.is_cancelled() {
+            return Err(run.abort(MigrationError::Cancelled).await);
+        }
+        let started = Instant::now();
+        let (journal, identity) =
+            (run.context().journal.clone(), run.context().identity.clone());
+        let event = Event::Released(run.context().counterpart());
+        let written =
+            tokio::task::spawn_blocking(move || journal.record(&identity, &event)).await;
+        let written = match written {
+            Ok(result) => result.map_err(MigrationError::from),
+            Err(_) => Err(WorkloadError::new("the journal's writer panicked").into()),
+        };
+        let (mut run, _) = run.or_abort(written).await?;
+        run.enter(Phase::Released);
+        let Run { record, workload, .. } = run;
+        let released = Released::new(&record.context, Some(workload), started);
+        Ok((released, record))
+    }
+}
+
+/// How long the part of a stop took that does not depend on memory.
+pub(super) fn fixed_part(downtime: &crate::migration::phase::Breakdown) -> Duration {
+    downtime.pause + downtime.state + downtime.restore + downtime.resume
+}
