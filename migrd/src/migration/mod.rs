@@ -20,3 +20,6 @@ pub mod phase;
 pub mod policy;
 pub mod recovery;
 pub mod source;
+
+#[cfg(test)]
+mod tests;

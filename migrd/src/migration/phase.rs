@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::migration::link::{Blocker, LaneTotals, LinkError};
 use crate::migration::journal::JournalError;
+use crate::migration::link::{Blocker, LaneTotals, LinkError};
 use crate::units::{Epoch, MigrationId};
 use crate::workload::WorkloadError;
 
@@ -107,9 +107,13 @@ impl MigrationError {
                 blockers.iter().map(|b| b.remedy.as_str()).collect::<Vec<_>>().join("; ")
             }
             Self::Cancelled => "start it again when it suits".into(),
-            Self::TimedOut(_) => "give it more time with --timeout, or a longer --max-downtime".into(),
+            Self::TimedOut(_) => {
+                "give it more time with --timeout, or a longer --max-downtime".into()
+            }
             Self::Link(LinkError::Lost { peer, .. }) => {
-                format!("check that migrd runs at {peer} and that the network is up, then start again")
+                format!(
+                    "check that migrd runs at {peer} and that the network is up, then start again"
+                )
             }
             Self::Link(LinkError::Rejected { peer, .. }) => {
                 format!("see the log of the migrd at {peer}")
@@ -120,10 +124,9 @@ impl MigrationError {
             Self::Workload(_) => "see the log of this migrd, and the workload's vmm.log".into(),
             Self::Journal(_) => "make room in the state directory, then start again".into(),
             Self::Ended(_) => "nothing: it is stopped at the source; start it again".into(),
-            Self::NotConverging { predicted, .. } => format!(
-                "allow --max-downtime {}ms, or use --mode stop",
-                predicted.as_millis() + 1
-            ),
+            Self::NotConverging { predicted, .. } => {
+                format!("allow --max-downtime {}ms, or use --mode stop", predicted.as_millis() + 1)
+            }
             Self::NotVerified => "bring both daemons to the same version".into(),
             Self::ShuttingDown => "start it again when migrd is back".into(),
         }
@@ -293,4 +296,12 @@ pub struct Report {
     pub failure: Option<Failure>,
     /// What refused it before anything was touched.
     pub blockers: Vec<Blocker>,
+}
+
+impl Report {
+    /// The phase it failed in; [`Phase::Running`] if it did not.
+    #[must_use]
+    pub fn phase_of_failure(&self) -> Phase {
+        self.failure.as_ref().map_or(Phase::Running, |f| f.phase)
+    }
 }

@@ -286,3 +286,6 @@ pub trait Engine: Send + Sync {
     /// Makes an empty workload that is ready to receive.
     async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError>;
 }
+
+#[cfg(test)]
+pub mod fake;

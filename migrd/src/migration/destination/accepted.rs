@@ -40,7 +40,8 @@ pub fn valid_name(name: &str) -> bool {
 
 /// Checks of the manifest that need nothing of this host.
 fn check_manifest(manifest: &Manifest, lanes: u32) -> Result<(), Blocker> {
-    let bad = |what: String| blocker("bad-manifest", what, "bring both daemons to the same version");
+    let bad =
+        |what: String| blocker("bad-manifest", what, "bring both daemons to the same version");
     if !valid_name(&manifest.name) {
         return Err(bad("the workload's name is not valid".into()));
     }
@@ -136,7 +137,11 @@ fn check_journal(shared: &Shared, offer: &Offer) -> Result<(), Blocker> {
     }
     if record.sealed.is_some() {
         let message = format!("a sealed copy of {name} waits here for its source");
-        return Err(blocker("already-here", message, "settle it first: `migctl list` on this host"));
+        return Err(blocker(
+            "already-here",
+            message,
+            "settle it first: `migctl list` on this host",
+        ));
     }
     if offer.epoch <= record.epoch {
         let message = format!(

@@ -165,10 +165,8 @@ impl Arrival {
                 }
             }
             Phase::Sealed(ref held) => {
-                let again = held.report.ok_or(ArrivalError::Unexpected {
-                    call: "Seal",
-                    phase: "sealed",
-                });
+                let again =
+                    held.report.ok_or(ArrivalError::Unexpected { call: "Seal", phase: "sealed" });
                 let _ = reply.send(again);
                 Next::Wait(self)
             }
@@ -239,7 +237,8 @@ impl Arrival {
 
     async fn ask_source(self) -> Next {
         let source: Arc<dyn Peer> = self.facts.shared.host.peer(&self.facts.from.address);
-        let asked = source.resolve(self.migration(), self.facts.identity.id, self.facts.epoch, false);
+        let asked =
+            source.resolve(self.migration(), self.facts.identity.id, self.facts.epoch, false);
         match tokio::time::timeout(ANSWER_WAIT, asked).await {
             Ok(Ok(Standing::Released)) => self.own(None).await.1,
             Ok(Ok(Standing::Aborted)) => {
@@ -264,7 +263,8 @@ impl Arrival {
         tracing::info!(migration = %self.migration(), reason, "arrival discarded");
         let sealed = matches!(self.phase, Phase::Sealed(_));
         let promised =
-            sealed::promise(&self.facts.shared, &self.facts.identity, self.migration(), sealed).await;
+            sealed::promise(&self.facts.shared, &self.facts.identity, self.migration(), sealed)
+                .await;
         if let Err(error) = promised {
             return Err((Box::new(self), error.into()));
         }
@@ -279,11 +279,7 @@ impl Arrival {
     }
 }
 
-fn answer<T>(
-    done: Result<(), (Box<Arrival>, ArrivalError)>,
-    value: T,
-    reply: Reply<T>,
-) -> Next {
+fn answer<T>(done: Result<(), (Box<Arrival>, ArrivalError)>, value: T, reply: Reply<T>) -> Next {
     match done {
         Ok(()) => {
             let _ = reply.send(Ok(value));

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::migration::journal::{Counterpart, Identity, Journal, JournalError, WorkloadRecord};
 use crate::migration::link::{Blocker, LaneGate, Offer, Peer, SealOrder, SealReport, Standing};
@@ -107,6 +108,9 @@ struct Shared {
     gate: Arc<dyn LaneGate>,
     patience: Patience,
     open: Mutex<HashMap<MigrationId, mpsc::Sender<Command>>>,
+    /// Ends every arrival's task where it stands, as a crash would; what they
+    /// hold is dropped without being discarded.
+    abort: CancellationToken,
 }
 
 impl Shared {
@@ -134,8 +138,8 @@ impl Arrivals {
         gate: Arc<dyn LaneGate>,
         patience: Patience,
     ) -> Self {
-        let open = Mutex::default();
-        Self { shared: Arc::new(Shared { host, journal, gate, patience, open }) }
+        let (open, abort) = (Mutex::default(), CancellationToken::new());
+        Self { shared: Arc::new(Shared { host, journal, gate, patience, open, abort }) }
     }
 
     /// Checks an offer and, unless it is a dry run, makes room for it. An empty
@@ -162,7 +166,15 @@ impl Arrivals {
     fn start(&self, arrival: Arrival) {
         let (commands, inbox) = mpsc::channel(8);
         self.shared.open().insert(arrival.migration(), commands);
-        tokio::spawn(arrival.run(inbox));
+        let abort = self.shared.abort.clone();
+        tokio::spawn(async move { abort.run_until_cancelled(arrival.run(inbox)).await });
+    }
+
+    /// Ends every arrival's task where it stands. The daemon is going down;
+    /// what was arriving is found again, or dropped, at its next start.
+    pub fn abort_all(&self) {
+        self.shared.abort.cancel();
+        self.shared.open().clear();
     }
 
     async fn ask<T>(
@@ -203,7 +215,11 @@ impl Arrivals {
     ///
     /// # Errors
     /// When it runs here, or the journal can't be written.
-    pub async fn abandon(&self, migration: MigrationId, reason: String) -> Result<(), ArrivalError> {
+    pub async fn abandon(
+        &self,
+        migration: MigrationId,
+        reason: String,
+    ) -> Result<(), ArrivalError> {
         match self.ask(migration, |reply| Command::Abandon(reason, reply)).await {
             Err(ArrivalError::Unknown(_)) => Ok(()),
             other => other,

@@ -47,11 +47,8 @@ pub(super) async fn seal(
     }
     let verify = if verified { hashing.elapsed() } else { Duration::ZERO };
     workload.load(&order.state).await?;
-    let sealed = Sealed {
-        from: arrival.from.clone(),
-        epoch: arrival.epoch,
-        paused: arrival.paused,
-    };
+    let sealed =
+        Sealed { from: arrival.from.clone(), epoch: arrival.epoch, paused: arrival.paused };
     write(&arrival.shared, &arrival.identity, Event::Sealed(sealed)).await?;
     let restore = started.elapsed().saturating_sub(verify);
     Ok(SealReport { restore, verify, verified })

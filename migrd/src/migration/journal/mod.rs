@@ -30,7 +30,9 @@ const VERSION: u8 = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The journal's file.
-    #[error("cannot open the journal {path}: {source}; check that the directory is writable and not full, and that no other migrd uses it")]
+    #[error(
+        "cannot open the journal {path}: {source}; check that the directory is writable and not full, and that no other migrd uses it"
+    )]
     Open {
         /// Its path.
         path: String,
@@ -39,13 +41,19 @@ pub enum JournalError {
         source: Box<redb::Error>,
     },
     /// A transaction failed; nothing of it is in the journal.
-    #[error("cannot write the journal: {0}; check that the state directory's file system is not full")]
+    #[error(
+        "cannot write the journal: {0}; check that the state directory's file system is not full"
+    )]
     Storage(#[source] Box<redb::Error>),
     /// A record can't be read.
-    #[error("the journal's record of {0} is damaged; restore the state directory from a backup or remove the workload")]
+    #[error(
+        "the journal's record of {0} is damaged; restore the state directory from a backup or remove the workload"
+    )]
     Damaged(String),
     /// The journal was written by a newer migrd.
-    #[error("the journal is of version {0}, this migrd knows up to {VERSION}; start the newer migrd")]
+    #[error(
+        "the journal is of version {0}, this migrd knows up to {VERSION}; start the newer migrd"
+    )]
     Newer(u8),
     /// The event can't follow.
     #[error(transparent)]
@@ -98,7 +106,9 @@ impl Journal {
                 None => {
                     meta.insert("version", [VERSION].as_slice()).map_err(storage)?;
                 }
-                Some(Some(version)) if version > VERSION => return Err(JournalError::Newer(version)),
+                Some(Some(version)) if version > VERSION => {
+                    return Err(JournalError::Newer(version));
+                }
                 Some(_) => {}
             }
             write.open_table(WORKLOADS).map_err(storage)?;
@@ -174,7 +184,11 @@ impl Journal {
     /// # Errors
     /// When the event is not allowed or the disk refuses; the record is then
     /// what it was.
-    pub fn record(&self, identity: &Identity, event: &Event) -> Result<WorkloadRecord, JournalError> {
+    pub fn record(
+        &self,
+        identity: &Identity,
+        event: &Event,
+    ) -> Result<WorkloadRecord, JournalError> {
         let write = self.database.begin_write().map_err(storage)?;
         let next = {
             let mut table = write.open_table(WORKLOADS).map_err(storage)?;
@@ -195,8 +209,9 @@ impl Journal {
                 .map_err(|_| JournalError::Damaged(identity.name.clone()))?;
             table.insert(identity.id.as_bytes(), bytes.as_slice()).map_err(storage)?;
             match event {
-                Event::Discarded(migration)
-                | Event::NeverRan(Counterpart { migration, .. }) => promise(&write, *migration)?,
+                Event::Discarded(migration) | Event::NeverRan(Counterpart { migration, .. }) => {
+                    promise(&write, *migration)?
+                }
                 Event::Created
                 | Event::Paused(_)
                 | Event::Released(_)

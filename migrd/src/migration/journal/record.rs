@@ -123,13 +123,7 @@ impl WorkloadRecord {
     /// A record of a workload that was never on this host.
     #[must_use]
     pub fn never(identity: Identity) -> Self {
-        Self {
-            identity,
-            epoch: Epoch(0),
-            ownership: Ownership::Never,
-            sealed: None,
-            paused: false,
-        }
+        Self { identity, epoch: Epoch(0), ownership: Ownership::Never, sealed: None, paused: false }
     }
 
     /// Whether this host may run it.
@@ -191,8 +185,7 @@ impl WorkloadRecord {
                 if !self.owned() {
                     return Err(refused());
                 }
-                (next.epoch, next.ownership) =
-                    (self.epoch.next(), Ownership::Released(to.clone()));
+                (next.epoch, next.ownership) = (self.epoch.next(), Ownership::Released(to.clone()));
             }
             Event::Confirmed(migration) => {
                 let to = self.released_in(*migration).ok_or_else(refused)?;

@@ -278,10 +278,13 @@ impl Interrupt {
 }
 
 async fn ended(state: &mut watch::Receiver<RunState>) -> String {
-    let seen = state.wait_for(|s| matches!(s, RunState::Ended(_))).await;
-    match seen.as_deref() {
-        Ok(RunState::Ended(reason)) => reason.clone(),
-        Ok(_) | Err(_) => std::future::pending().await,
+    loop {
+        if let RunState::Ended(reason) = &*state.borrow_and_update() {
+            return reason.clone();
+        }
+        if state.changed().await.is_err() {
+            return std::future::pending().await;
+        }
     }
 }
 
@@ -329,8 +332,7 @@ impl Record {
             }
             _ => self.context.here.clone(),
         };
-        let failure =
-            Failure { message: cause.to_string(), host, phase, remedy: cause.remedy() };
+        let failure = Failure { message: cause.to_string(), host, phase, remedy: cause.remedy() };
         let blockers = match cause {
             MigrationError::Refused(blockers) => blockers.clone(),
             _ => Vec::new(),

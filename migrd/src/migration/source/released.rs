@@ -120,8 +120,7 @@ impl Released {
             }
             Err(error) => error,
         };
-        let asked =
-            self.peer.resolve(self.migration, self.identity.id, self.epoch, true);
+        let asked = self.peer.resolve(self.migration, self.identity.id, self.epoch, true);
         match within(&self.peer, asked).await {
             Ok(Standing::Owned) => {
                 self.resume = self.since.elapsed();

@@ -102,11 +102,9 @@ impl Sealed {
             return Err(run.abort(MigrationError::Cancelled).await);
         }
         let started = Instant::now();
-        let (journal, identity) =
-            (run.context().journal.clone(), run.context().identity.clone());
+        let (journal, identity) = (run.context().journal.clone(), run.context().identity.clone());
         let event = Event::Released(run.context().counterpart());
-        let written =
-            tokio::task::spawn_blocking(move || journal.record(&identity, &event)).await;
+        let written = tokio::task::spawn_blocking(move || journal.record(&identity, &event)).await;
         let written = match written {
             Ok(result) => result.map_err(MigrationError::from),
             Err(_) => Err(WorkloadError::new("the journal's writer panicked").into()),

@@ -1,0 +1,209 @@
+//! Every fault at every call of both sides: never two, never none.
+
+use std::time::Duration;
+
+use super::world::{Call, Fault, World, request};
+use crate::migration::phase::{Mode, Outcome};
+use crate::workload::fake::Op;
+
+const CALLS: [Call; 6] =
+    [Call::Offer, Call::Lanes, Call::Send, Call::Flush, Call::Seal, Call::Activate];
+const FAULTS: [Fault; 9] = [
+    Fault::RequestLost,
+    Fault::ReplyLost,
+    Fault::TakerDiesBefore,
+    Fault::TakerDiesAfter,
+    Fault::GiverDiesBefore,
+    Fault::GiverDiesAfter,
+    Fault::BothDie,
+    Fault::Cut,
+    Fault::Cancel,
+];
+
+#[tokio::test]
+async fn a_migration_that_nothing_disturbs_completes_with_the_same_memory() {
+    for (mode, dirties) in [(Mode::Precopy, 0), (Mode::Precopy, 20), (Mode::Stop, 20)] {
+        let world = World::new();
+        let identity = world.workload(dirties);
+        let report = world.migrate(&identity, "a", "b", request(mode)).await.expect("a report");
+        assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.failure);
+        assert_eq!(report.epoch.0, 2);
+        assert_eq!(report.tally.verified, Some(true));
+        assert_eq!(report.tally.rounds.is_empty(), mode == Mode::Stop);
+        world.assert_exactly_one_runs("undisturbed").await;
+        let back = world.migrate(&identity, "b", "a", request(mode)).await.expect("a report");
+        assert_eq!((back.outcome, back.epoch.0), (Outcome::Completed, 3), "{:?}", back.failure);
+        world.assert_exactly_one_runs("back").await;
+    }
+}
+
+/// One story: a fault at a call; then the network heals and both daemons run.
+async fn story(call: Call, nth: u32, fault: Fault, mode: Mode) -> bool {
+    let world = World::new();
+    let identity = world.workload(30);
+    world.plan(call, nth, fault);
+    let told = format!("{fault:?} at {call:?} {nth} in mode {mode:?}");
+    let going = world.migrate(&identity, "a", "b", request(mode));
+    let report = tokio::time::timeout(Duration::from_millis(700), going).await;
+    let happened = world.all_happened();
+    if let Ok(Some(report)) = &report {
+        let (runs, _) = world.census.counts();
+        match report.outcome {
+            Outcome::Completed => assert_eq!(report.epoch.0, 2, "{told}"),
+            Outcome::Cancelled | Outcome::Failed => {
+                assert!(report.failure.is_some(), "{told}: a failure has a reason");
+                let before = report.phase_of_failure();
+                if before < crate::migration::phase::Phase::Released {
+                    assert_eq!(runs, 1, "{told}: an abort leaves it running");
+                }
+            }
+            Outcome::InDoubt => assert_eq!(runs, 0, "{told}: in doubt does not run"),
+        }
+    }
+    world.heal();
+    world.host("a").start();
+    world.host("b").start();
+    world.assert_exactly_one_runs(&told).await;
+    happened
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_single_fault_leaves_exactly_one_running() {
+    let mut happened = 0;
+    for call in CALLS {
+        for fault in FAULTS {
+            for mode in [Mode::Precopy, Mode::Stop] {
+                happened += u32::from(story(call, 1, fault, mode).await);
+            }
+        }
+    }
+    assert_eq!(happened, 6 * 9 * 2, "every planned fault must have happened");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_fault_while_settling_leaves_exactly_one_running() {
+    let settling = [Call::Activate, Call::Resolve, Call::Abandon];
+    let mut happened = 0;
+    for first in [Fault::RequestLost, Fault::ReplyLost, Fault::TakerDiesBefore] {
+        for call in settling {
+            for fault in FAULTS {
+                let world = World::new();
+                let identity = world.workload(10);
+                let at = if call == Call::Abandon { Call::Seal } else { Call::Activate };
+                world.plan(at, 1, first);
+                world.plan(call, if call == Call::Activate { 2 } else { 1 }, fault);
+                let told = format!("{first:?} at {at:?}, then {fault:?} at {call:?}");
+                let going = world.migrate(&identity, "a", "b", request(Mode::Precopy));
+                let _ = tokio::time::timeout(Duration::from_millis(300), going).await;
+                world.host("b").start();
+                tokio::time::sleep(Duration::from_millis(60)).await;
+                happened += u32::from(world.all_happened());
+                world.heal();
+                world.host("a").start();
+                world.host("b").start();
+                world.assert_exactly_one_runs(&told).await;
+            }
+        }
+    }
+    assert!(happened > 40, "only {happened} stories had both faults");
+}
+
+#[tokio::test]
+async fn a_workload_that_fails_at_any_step_of_the_source_keeps_running_there() {
+    for op in [Op::StartTracking, Op::Dirty, Op::Clear, Op::Freeze, Op::Save, Op::Hash] {
+        for mode in [Mode::Precopy, Mode::Stop] {
+            let world = World::new();
+            let identity = world.workload(10);
+            let guest = world.guest("a", identity.id);
+            guest.failing_at(op, 1);
+            let report = world.migrate(&identity, "a", "b", request(mode)).await.expect("report");
+            if mode == Mode::Stop && matches!(op, Op::StartTracking | Op::Clear) {
+                assert_eq!(report.outcome, Outcome::Completed);
+                continue;
+            }
+            assert_eq!(report.outcome, Outcome::Failed, "{op:?}");
+            assert!(guest.runs(), "{op:?} in {mode:?} leaves it running at the source");
+            world.assert_exactly_one_runs(&format!("{op:?}")).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_destination_that_cannot_load_or_start_gives_it_back() {
+    for (op, times) in [(Op::Load, 1), (Op::Start, 9)] {
+        let world = World::new();
+        let identity = world.workload(10);
+        world.fail_at("b", op, times);
+        let report = world.migrate(&identity, "a", "b", request(Mode::Precopy)).await;
+        let report = report.expect("a report");
+        assert_eq!(report.outcome, Outcome::Failed, "{op:?}");
+        assert!(world.guest("a", identity.id).runs(), "{op:?}");
+        world.assert_exactly_one_runs(&format!("{op:?}")).await;
+        if op == Op::Start {
+            assert_eq!(report.epoch.0, 3, "taken back two epochs on");
+        }
+        world.fail_at("b", op, 0);
+        let again = world.migrate(&identity, "a", "b", request(Mode::Precopy)).await;
+        assert_eq!(again.expect("a report").outcome, Outcome::Completed, "after {op:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_start_that_fails_once_is_tried_again() {
+    let world = World::new();
+    let identity = world.workload(10);
+    world.fail_at("b", Op::Start, 1);
+    let report = world.migrate(&identity, "a", "b", request(Mode::Precopy)).await;
+    assert_eq!(report.expect("a report").outcome, Outcome::Completed);
+    world.assert_exactly_one_runs("second start").await;
+}
+
+#[tokio::test]
+async fn a_workload_that_dirties_too_much_is_refused_with_the_numbers() {
+    let world = World::new();
+    let identity = world.workload(400);
+    let mut request = request(Mode::Precopy);
+    request.max_downtime = Duration::ZERO;
+    let report = world.migrate(&identity, "a", "b", request).await.expect("a report");
+    assert_eq!(report.outcome, Outcome::Failed);
+    let failure = report.failure.expect("a reason");
+    assert!(failure.message.contains("dirties memory too fast"), "{failure:?}");
+    assert!(failure.remedy.contains("--max-downtime"), "{failure:?}");
+    world.assert_exactly_one_runs("not converging").await;
+}
+
+#[tokio::test]
+async fn a_workload_that_ends_meanwhile_is_reported_and_runs_nowhere() {
+    let world = World::new();
+    let identity = world.workload(0);
+    world.guest("a", identity.id).end("the guest shut down");
+    let report = world.migrate(&identity, "a", "b", request(Mode::Precopy)).await;
+    let failure = report.expect("a report").failure.expect("a reason");
+    assert!(failure.message.contains("the guest shut down"), "{failure:?}");
+    assert_eq!(world.census.counts().0, 0);
+    assert!(world.host("b").journal.all().expect("journal").is_empty());
+}
+
+#[tokio::test]
+async fn a_timeout_ends_the_migration_and_the_workload_goes_on() {
+    let world = World::new();
+    let identity = world.workload(400);
+    let mut request = request(Mode::Precopy);
+    request.timeout = Some(Duration::ZERO);
+    let report = world.migrate(&identity, "a", "b", request).await.expect("a report");
+    assert_eq!(report.outcome, Outcome::Failed);
+    assert!(report.failure.expect("a reason").message.contains("timeout"));
+    world.assert_exactly_one_runs("timed out").await;
+}
+
+#[tokio::test]
+async fn a_paused_workload_arrives_paused() {
+    let world = World::new();
+    let identity = world.workload(0);
+    world.pause("a", &identity);
+    let report = world.migrate(&identity, "a", "b", request(Mode::Precopy)).await;
+    assert_eq!(report.expect("a report").outcome, Outcome::Completed);
+    assert_eq!(world.census.counts().0, 0, "nobody resumed it");
+    let record = world.host("b").journal.get(identity.id).expect("journal").expect("a record");
+    assert!(record.owned() && record.paused);
+}

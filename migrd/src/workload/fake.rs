@@ -1,0 +1,417 @@
+//! A workload without a kernel, for driving the state machine in tests.
+//!
+//! A [`Guest`] is what outlives a daemon, as a VMM child does; [`FakeWorkload`]
+//! and [`FakeArriving`] are a daemon's hands on it. Every guest of a test
+//! shares a [`Census`], which fails the test the moment two of one workload run.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use super::{
+    Arriving, ChunkSink, ChunkSource, Footprint, OutOfStream, Output, RunState, StreamHash,
+    StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
+};
+use crate::pages::{PageBitmap, PageSet};
+use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
+
+/// The one stream of a fake.
+pub const STREAM: StreamKey = StreamKey(0);
+
+/// Counts how many guests run, and the most that ever did at once.
+#[derive(Debug, Default)]
+pub struct Census(Mutex<(u64, u64)>);
+
+impl Census {
+    fn enter(&self) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.0 += 1;
+        counts.1 = counts.1.max(counts.0);
+    }
+
+    fn leave(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).0 -= 1;
+    }
+
+    /// Guests that run now, and the most that ever ran at once.
+    pub fn counts(&self) -> (u64, u64) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An operation that a guest can be made to refuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Op {
+    /// `start_tracking`.
+    StartTracking,
+    /// `dirty`.
+    Dirty,
+    /// `clear`.
+    Clear,
+    /// `freeze`.
+    Freeze,
+    /// `save`.
+    Save,
+    /// `hash`.
+    Hash,
+    /// `load`.
+    Load,
+    /// `start`.
+    Start,
+}
+
+/// What lives on when a daemon dies.
+pub struct Guest {
+    census: Arc<Census>,
+    memory: Mutex<Vec<u8>>,
+    inner: Mutex<Inner>,
+    state: watch::Sender<RunState>,
+    /// Pages it writes whenever it is looked at while it runs.
+    dirties: u64,
+    written: AtomicU64,
+}
+
+#[derive(Default)]
+struct Inner {
+    counted: bool,
+    frozen: bool,
+    paused: bool,
+    dead: bool,
+    dirty: Option<PageBitmap>,
+    failing: BTreeMap<Op, u32>,
+    calls: Vec<Op>,
+}
+
+impl Guest {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A guest that does not run yet, of so many pages.
+    pub fn empty(census: &Arc<Census>, pages: u64) -> Arc<Self> {
+        Self::dirtying(census, pages, 0)
+    }
+
+    /// The same, that writes its first `dirties` pages whenever it is looked at.
+    pub fn dirtying(census: &Arc<Census>, pages: u64, dirties: u64) -> Arc<Self> {
+        let bytes = usize::try_from(pages * PAGE_SIZE).expect("a small guest");
+        Arc::new(Self {
+            census: census.clone(),
+            memory: Mutex::new(vec![0; bytes]),
+            inner: Mutex::default(),
+            state: watch::Sender::new(RunState::Paused),
+            dirties,
+            written: AtomicU64::new(0),
+        })
+    }
+
+    /// Makes the next `times` calls of `op` fail.
+    pub fn failing_at(&self, op: Op, times: u32) {
+        self.lock().failing.insert(op, times);
+    }
+
+    /// Which operations were called so far.
+    pub fn calls(&self) -> Vec<Op> {
+        self.lock().calls.clone()
+    }
+
+    fn check(&self, op: Op) -> Result<(), WorkloadError> {
+        let mut inner = self.lock();
+        inner.calls.push(op);
+        if inner.dead {
+            return Err(WorkloadError::new("the fake is dead"));
+        }
+        match inner.failing.get_mut(&op) {
+            Some(times @ 1..) => {
+                *times -= 1;
+                Err(WorkloadError::new(format!("the fake fails at {op:?}")))
+            }
+            Some(0) | None => Ok(()),
+        }
+    }
+
+    fn count(&self) {
+        let mut inner = self.lock();
+        let runs = !inner.frozen && !inner.paused && !inner.dead;
+        if runs != inner.counted {
+            inner.counted = runs;
+            if runs { self.census.enter() } else { self.census.leave() }
+        }
+    }
+
+    /// Runs, unless it is dead.
+    pub fn run(&self) {
+        {
+            let mut inner = self.lock();
+            inner.frozen = false;
+            inner.paused = false;
+        }
+        self.count();
+        self.state.send_replace(RunState::Running);
+    }
+
+    /// Stands still until it is resumed.
+    pub fn pause(&self) {
+        self.lock().paused = true;
+        self.count();
+        self.state.send_replace(RunState::Paused);
+    }
+
+    /// Stands still.
+    pub fn hold(&self) {
+        self.lock().frozen = true;
+        self.count();
+    }
+
+    /// Whether it runs.
+    pub fn runs(&self) -> bool {
+        self.lock().counted
+    }
+
+    /// Ends by itself.
+    pub fn end(&self, reason: &str) {
+        self.lock().dead = true;
+        self.count();
+        self.state.send_replace(RunState::Ended(reason.to_owned()));
+    }
+
+    /// Its memory, as a checksum.
+    pub fn checksum(&self) -> u32 {
+        crc32fast::hash(&self.memory())
+    }
+
+    /// Writes `value` all over page `page`, as the guest would.
+    pub fn write_page(&self, page: u64, value: u8) {
+        let at = usize::try_from(page * PAGE_SIZE).expect("a small guest");
+        self.memory()[at..at + PAGE_BYTES].fill(value);
+        if let Some(dirty) = &mut self.lock().dirty {
+            dirty.insert(PageRun { first: PageIndex(page), count: 1 });
+        }
+    }
+
+    fn scribble(&self) {
+        if self.runs() {
+            let turn = self.written.fetch_add(1, Ordering::Relaxed);
+            for page in 0..self.dirties {
+                self.write_page(page, u8::try_from((turn + page) % 255 + 1).expect("a byte"));
+            }
+        }
+    }
+
+    fn populated(&self) -> PageBitmap {
+        let memory = self.memory();
+        let mut set = PageBitmap::none(memory.len() as u64 / PAGE_SIZE);
+        for (index, page) in (0u64..).zip(memory.chunks(PAGE_BYTES)) {
+            if page.iter().any(|b| *b != 0) {
+                set.insert(PageRun { first: PageIndex(index), count: 1 });
+            }
+        }
+        set
+    }
+
+    fn hashes(&self) -> Vec<StreamHash> {
+        vec![StreamHash { key: STREAM, hash: *blake3::hash(&self.memory()).as_bytes() }]
+    }
+
+    fn range(
+        &self,
+        key: StreamKey,
+        offset: u64,
+        length: u64,
+    ) -> Result<std::ops::Range<usize>, OutOfStream> {
+        let end = offset.checked_add(length).and_then(|e| usize::try_from(e).ok());
+        match end {
+            Some(end) if key == STREAM && end <= self.memory().len() => {
+                Ok(usize::try_from(offset).unwrap_or(end)..end)
+            }
+            _ => Err(OutOfStream { key, offset, length }),
+        }
+    }
+}
+
+impl ChunkSource for Guest {
+    fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream> {
+        let range = self.range(key, offset, into.len() as u64)?;
+        into.copy_from_slice(&self.memory()[range]);
+        Ok(())
+    }
+
+    fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
+        let range = self.range(key, offset, length)?;
+        Ok(self.memory()[range].iter().all(|b| *b == 0))
+    }
+}
+
+impl ChunkSink for Guest {
+    fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream> {
+        let range = self.range(key, offset, bytes.len() as u64)?;
+        self.memory()[range].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {
+        let range = self.range(key, offset, length)?;
+        self.memory()[range].fill(0);
+        Ok(())
+    }
+}
+
+/// A daemon's hand on a guest that runs or ran on its host.
+pub struct FakeWorkload(pub Arc<Guest>);
+
+struct Silent;
+
+#[async_trait]
+impl Terminal for Silent {
+    fn read(&self, _: u64, _: usize) -> Result<Vec<Output>, WorkloadError> {
+        Ok(Vec::new())
+    }
+
+    async fn more_than(&self, _: u64) {
+        std::future::pending().await
+    }
+
+    async fn input(&self, _: &[u8]) -> Result<(), WorkloadError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Workload for FakeWorkload {
+    fn streams(&self) -> Vec<StreamSpec> {
+        let length = self.0.memory().len() as u64;
+        vec![StreamSpec { key: STREAM, name: "fake".into(), length }]
+    }
+
+    fn chunks(&self) -> Arc<dyn ChunkSource> {
+        self.0.clone()
+    }
+
+    fn state(&self) -> watch::Receiver<RunState> {
+        self.0.state.subscribe()
+    }
+
+    fn terminal(&self) -> Arc<dyn Terminal> {
+        Arc::new(Silent)
+    }
+
+    async fn footprint(&self) -> Result<Footprint, WorkloadError> {
+        Ok(Footprint::default())
+    }
+
+    async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
+        self.0.check(Op::StartTracking)?;
+        let populated = self.0.populated();
+        self.0.lock().dirty = Some(populated);
+        Ok(())
+    }
+
+    async fn stop_tracking(&mut self) -> Result<(), WorkloadError> {
+        self.0.lock().dirty = None;
+        Ok(())
+    }
+
+    async fn dirty(&mut self) -> Result<PageSet, WorkloadError> {
+        self.0.check(Op::Dirty)?;
+        self.0.scribble();
+        let dirty = self.0.lock().dirty.clone();
+        let mut set = PageSet::default();
+        set.set(STREAM, dirty.unwrap_or_else(|| self.0.populated()));
+        Ok(set)
+    }
+
+    async fn clear(&mut self, pages: &PageSet) -> Result<(), WorkloadError> {
+        self.0.check(Op::Clear)?;
+        if let (Some(dirty), Some(clean)) = (&mut self.0.lock().dirty, pages.get(STREAM)) {
+            dirty.subtract(clean);
+        }
+        Ok(())
+    }
+
+    async fn freeze(&mut self) -> Result<(), WorkloadError> {
+        self.0.check(Op::Freeze)?;
+        self.0.scribble();
+        self.0.hold();
+        Ok(())
+    }
+
+    async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
+        self.0.check(Op::Hash)?;
+        Ok(self.0.hashes())
+    }
+
+    async fn save(&mut self) -> Result<Vec<u8>, WorkloadError> {
+        self.0.check(Op::Save)?;
+        Ok(self.0.written.load(Ordering::Relaxed).to_le_bytes().to_vec())
+    }
+
+    async fn thaw(&mut self) -> Result<(), WorkloadError> {
+        self.0.lock().frozen = false;
+        self.0.count();
+        Ok(())
+    }
+
+    async fn pause(&mut self) -> Result<(), WorkloadError> {
+        self.0.pause();
+        Ok(())
+    }
+
+    async fn resume(&mut self) -> Result<(), WorkloadError> {
+        self.0.run();
+        Ok(())
+    }
+
+    async fn stop(&mut self) -> Result<(), WorkloadError> {
+        self.0.end("stopped");
+        Ok(())
+    }
+
+    async fn discard(self: Box<Self>) {
+        self.0.end("discarded");
+    }
+}
+
+/// A daemon's hand on a guest that arrives.
+pub struct FakeArriving(pub Arc<Guest>);
+
+#[async_trait]
+impl Arriving for FakeArriving {
+    fn chunks(&self) -> Arc<dyn ChunkSink> {
+        self.0.clone()
+    }
+
+    async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {
+        self.0.check(Op::Load)?;
+        let turn = <[u8; 8]>::try_from(state)
+            .map_err(|e| WorkloadError::caused("the state is not of 8 bytes", e))?;
+        self.0.written.store(u64::from_le_bytes(turn), Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
+        Ok(self.0.hashes())
+    }
+
+    async fn start(&mut self, paused: bool) -> Result<(), WorkloadError> {
+        self.0.check(Op::Start)?;
+        if !paused {
+            self.0.run();
+        }
+        Ok(())
+    }
+
+    fn arrived(self: Box<Self>) -> Box<dyn Workload> {
+        Box::new(FakeWorkload(self.0))
+    }
+
+    async fn discard(self: Box<Self>) {
+        self.0.end("discarded");
+    }
+}
