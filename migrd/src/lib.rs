@@ -5,5 +5,6 @@
 
 pub mod migration;
 pub mod pages;
+pub mod registry;
 pub mod units;
 pub mod workload;

@@ -17,6 +17,7 @@ pub mod destination;
 pub mod journal;
 pub mod link;
 pub mod phase;
+pub mod plan;
 pub mod policy;
 pub mod recovery;
 pub mod source;

@@ -281,6 +281,14 @@ impl Terminal for Silent {
     async fn input(&self, _: &[u8]) -> Result<(), WorkloadError> {
         Ok(())
     }
+
+    fn populated_bytes(&self) -> u64 {
+        0
+    }
+
+    async fn footprint(&self) -> Result<Footprint, WorkloadError> {
+        Ok(Footprint::default())
+    }
 }
 
 #[async_trait]
@@ -300,10 +308,6 @@ impl Workload for FakeWorkload {
 
     fn terminal(&self) -> Arc<dyn Terminal> {
         Arc::new(Silent)
-    }
-
-    async fn footprint(&self) -> Result<Footprint, WorkloadError> {
-        Ok(Footprint::default())
     }
 
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {

@@ -119,7 +119,8 @@ pub enum RunState {
     Ended(String),
 }
 
-/// Output of a workload, and the way in for its input, while it is on this host.
+/// What can be asked of a workload while a migration holds it: its output, its
+/// figures, and the way in for its input.
 #[async_trait]
 pub trait Terminal: Send + Sync {
     /// Output from the logical byte offset `from` on, at most about `max` bytes.
@@ -131,6 +132,12 @@ pub trait Terminal: Send + Sync {
 
     /// Types `bytes`.
     async fn input(&self, bytes: &[u8]) -> Result<(), WorkloadError>;
+
+    /// Memory it has touched, in bytes; quick.
+    fn populated_bytes(&self) -> u64;
+
+    /// What it costs now.
+    async fn footprint(&self) -> Result<Footprint, WorkloadError>;
 }
 
 /// Part of one line of output.
@@ -178,9 +185,6 @@ pub trait Workload: Send + Sync {
 
     /// Its output and input, usable while a migration holds the workload.
     fn terminal(&self) -> Arc<dyn Terminal>;
-
-    /// What it costs now.
-    async fn footprint(&self) -> Result<Footprint, WorkloadError>;
 
     /// From now on knows which pages differ from what was last cleared. At
     /// first every populated page does.

@@ -19,7 +19,7 @@ use crate::migration::link::{Blocker, LaneGate, Offer, Peer, SealOrder, SealRepo
 use crate::units::{Epoch, MigrationId, WorkloadId};
 use crate::workload::{Arriving, Engine, Kind, Manifest, Workload, WorkloadError};
 
-pub use accepted::MAX_LANES;
+pub use accepted::{MAX_LANES, valid_name};
 use arrival::{Arrival, Command};
 
 /// How long things may take at the destination.
@@ -268,7 +268,9 @@ impl Arrivals {
     }
 }
 
-fn identity(manifest: &Manifest) -> Identity {
+/// What the manifest says that the workload is.
+#[must_use]
+pub fn identity(manifest: &Manifest) -> Identity {
     Identity {
         id: manifest.workload,
         name: manifest.name.clone(),

@@ -99,6 +99,12 @@ pub struct Context {
 }
 
 impl Context {
+    /// The report of a migration that ended before anything was touched.
+    #[must_use]
+    pub fn refused(self, cause: &MigrationError) -> Report {
+        Record { context: self, tally: Tally::new() }.report_failure(cause, Phase::Planning)
+    }
+
     fn counterpart(&self) -> Counterpart {
         Counterpart { migration: self.id, address: self.peer.address().to_owned() }
     }
