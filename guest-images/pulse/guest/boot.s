@@ -4,6 +4,7 @@
 # Intel syntax. Through the whole file: ebp = vCPU index, esi = start info (0 on APs).
 
 .set AP_BASE, 0x8000
+.set TSS_END, 104 + 8192 + 1        # with a bitmap of all 65536 ports and its end marker
 
 .section .note.pvh, "a", @note
     .balign 4
@@ -99,6 +100,21 @@ long_mode:
     wrmsr
     mov r8d, 1
 4:
+    # A task state segment whose I/O bitmap, all zero, allows every port: not every
+    # hypervisor carries IOPL 3 into ring 3. It is shared, since no vCPU ever returns to
+    # ring 0 and so none needs a stack from it; vCPUs come here one after the other.
+    lea rax, [tss]
+    mov word ptr [gdt_tss], TSS_END - 1
+    mov word ptr [gdt_tss + 2], ax
+    shr eax, 16
+    mov byte ptr [gdt_tss + 4], al
+    mov byte ptr [gdt_tss + 5], 0x89
+    mov byte ptr [gdt_tss + 7], ah
+    mov word ptr [tss + 102], 104
+    mov byte ptr [tss + TSS_END - 1], 0xff
+    mov eax, 0x38
+    ltr ax
+
     mov eax, 0x2b
     mov ds, eax
     mov es, eax
@@ -154,7 +170,7 @@ ap_protected:
     jmp enter_long_mode
 .code64
 
-.section .rodata.boot, "a", @progbits
+.section .data.boot, "aw", @progbits
 .balign 8
 gdt:
     .quad 0
@@ -164,6 +180,8 @@ gdt:
     .quad 0x00cffb000000ffff        # 0x23 ring 3 code, 32-bit (never used)
     .quad 0x00cff3000000ffff        # 0x2b ring 3 data
     .quad 0x00affb000000ffff        # 0x33 ring 3 code, 64-bit
+gdt_tss:
+    .quad 0, 0                      # 0x38 filled in at run time
 gdt_end:
 .balign 8
 gdt_pointer:
@@ -185,5 +203,7 @@ pdpt:
     .skip 4096
 low_directories:
     .skip 4 * 4096
+tss:
+    .skip 12288
 stacks:
     .skip 16 * 16384
