@@ -7,6 +7,8 @@ use crate::state::CPUS;
 
 /// Where boot.s expects its real-mode code to be copied.
 const TRAMPOLINE: u64 = 0x8000;
+const SPURIOUS: u64 = 0xfee0_00f0;
+const ENABLED: u32 = 0x1ff;
 const ICR_LOW: u64 = 0xfee0_0300;
 const ICR_HIGH: u64 = 0xfee0_0310;
 const INIT: u32 = 0x4500;
@@ -33,6 +35,11 @@ pub unsafe fn start(count: usize, clock: &Clock) -> Result<(), usize> {
         let code = &raw const ap_trampoline;
         let len = (&raw const ap_trampoline_end).offset_from_unsigned(code);
         core::ptr::copy_nonoverlapping(code, TRAMPOLINE as *mut u8, len);
+    }
+    if count > 1 {
+        // SAFETY: as in `send`. An operating system enables its local APIC before the first
+        // IPI, and KVM may know all vCPUs as destinations only from then on.
+        unsafe { (SPURIOUS as *mut u32).write_volatile(ENABLED) }
     }
     for cpu in 1..count {
         starting_vcpu.store(cpu as u32, SeqCst);
