@@ -106,7 +106,7 @@ impl Clock {
         Reading { tsc: now, ns }
     }
 
-    /// TSC ticks a second, as KVM says now: it may change with the host.
+    /// TSC ticks a second, as KVM says now: it may change with the host. 0 is unknown.
     pub fn hz(&self) -> u64 {
         if !self.kvmclock {
             return self.calibrated_hz;
@@ -178,15 +178,30 @@ pub fn name(clock: u64) -> &'static str {
     NAMES[clock as usize % NAMES.len()]
 }
 
-/// TSC ticks a second, measured against 10 ms of the PIT's second channel.
+/// TSC ticks a second, measured against 10 ms of the PIT's channel 0, which needs no gate.
+/// 0 if the counter does not move: there is no PIT.
 fn calibrate() -> u64 {
     const PIT_HZ: u64 = 1_193_182;
-    const COUNT: u64 = PIT_HZ / 100;
-    port::write(0x61, port::read(0x61) & !0x02 | 0x01);
-    port::write(0x43, 0xb0);
-    port::write(0x42, COUNT as u8);
-    port::write(0x42, (COUNT >> 8) as u8);
-    let start = tsc();
-    while port::read(0x61) & 0x20 == 0 {}
-    (tsc() - start) * PIT_HZ / COUNT
+    const LEAST: u16 = (PIT_HZ / 100) as u16;
+    const PATIENCE: u32 = 50_000;
+    // One countdown from 65535. Its interrupt stays pending: none is ever enabled.
+    port::write(0x43, 0x30);
+    port::write(0x40, 0xff);
+    port::write(0x40, 0xff);
+    let (first, start) = (pit_count(), tsc());
+    for _ in 0..PATIENCE {
+        let (count, now) = (pit_count(), tsc());
+        let elapsed = first.wrapping_sub(count);
+        if elapsed >= LEAST {
+            return (now - start) * PIT_HZ / u64::from(elapsed);
+        }
+    }
+    0
+}
+
+/// The present count of channel 0, latched.
+fn pit_count() -> u16 {
+    port::write(0x43, 0x00);
+    let low = port::read(0x40);
+    u16::from(port::read(0x40)) << 8 | u16::from(low)
 }

@@ -73,6 +73,9 @@ fn prepare(start_info: u64, clock: &Clock) -> (&'static Settings, &'static Plan)
         );
         port::reset()
     });
+    if clock.hz() == 0 {
+        stop("no kvmclock and no PIT: the TSC's rate cannot be known")
+    }
     announce(&settings, &plan, clock);
     // SAFETY: vCPU 0 is alone, and runs this once.
     let (settings, plan) = unsafe {
