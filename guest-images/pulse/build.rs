@@ -31,7 +31,7 @@ fn build() -> Result<(), String> {
         .args(["--edition=2024", "--crate-name=pulse_guest", "--crate-type=bin"])
         .args(["--target", &target])
         .args(["-Copt-level=3", "-Cpanic=abort", "-Crelocation-model=static", "-Cstrip=debuginfo"])
-        .args(["-Ccodegen-units=1", "-Coverflow-checks=no", "-Dwarnings"])
+        .args(["-Ccodegen-units=1", "-Coverflow-checks=no"])
         // No C runtime and no library: the entry point is the PVH note's.
         .args(["-Clink-arg=-nostdlib", "-Clink-arg=-nostartfiles", "-Clink-arg=-static"])
         .args(["-Clink-arg=-Wl,--build-id=none", "-Clink-arg=-no-pie"])
@@ -39,9 +39,13 @@ fn build() -> Result<(), String> {
         .arg("-o")
         .arg(&image)
         .arg(guest.join("main.rs"));
-    let status = rustc.status().map_err(|error| format!("cannot start {rustc:?}: {error}"))?;
-    if !status.success() {
-        return Err(format!("the pulse guest does not build ({status}); its errors are above"));
+    let output = rustc.output().map_err(|error| format!("cannot start {rustc:?}: {error}"))?;
+    for line in String::from_utf8_lossy(&output.stderr).lines() {
+        println!("cargo::warning={line}");
+    }
+    if !output.status.success() {
+        let status = output.status;
+        return Err(format!("the pulse guest does not build ({status}); the reasons are above"));
     }
     Ok(())
 }
