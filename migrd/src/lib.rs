@@ -4,5 +4,7 @@
 //! `docs/architecture.md`; the modules below stand in the order of that walk.
 
 pub mod pages;
+pub mod sys;
 pub mod units;
+pub mod vmm;
 pub mod workload;
