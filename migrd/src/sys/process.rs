@@ -23,6 +23,15 @@ pub fn isolate(command: &mut Command, fds: Vec<(OwnedFd, RawFd)>) {
             }
             *slot = (up, *number);
         }
+        // What some library or our own parent left open must not be found in
+        // the child, least of all under one of the numbers.
+        // SAFETY: only marks descriptors to be closed by the exec.
+        let rest = unsafe {
+            libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
+        };
+        if rest < 0 {
+            return Err(io::Error::last_os_error());
+        }
         for (up, number) in lifted.iter().take(fds.len()) {
             // SAFETY: what stood under `number` was lifted above, or is a
             // descriptor that the exec would close anyway.

@@ -7,6 +7,9 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
+/// The one thing that may be asked of a descriptor (`F_GETFD`).
+const F_GETFD: u64 = 1;
+
 /// Descriptors that the child may have open: its own few and one a vCPU.
 const MAX_FDS: u64 = 1024;
 
@@ -123,15 +126,22 @@ pub fn confine_console() -> Result<(), SandboxError> {
 fn confine(more: &[i64], kvm: bool) -> Result<(), SandboxError> {
     let mut rules: std::collections::BTreeMap<i64, Vec<SeccompRule>> =
         EVERY_THREAD.iter().chain(more).map(|call| (*call, Vec::new())).collect();
+    // std looks at a descriptor before it closes it, to find double closes.
+    rules.insert(libc::SYS_fcntl, vec![only(1, SeccompCmpOp::Eq, F_GETFD)?]);
     if kvm {
         // Of all ioctls only KVM's, which share one type byte.
-        let kvm = SeccompCmpOp::MaskedEq(0xff00);
         let of_kvm = u64::from(kvm_bindings::KVMIO) << 8;
-        let condition = SeccompCondition::new(1, SeccompCmpArgLen::Dword, kvm, of_kvm)?;
-        rules.insert(libc::SYS_ioctl, vec![SeccompRule::new(vec![condition])?]);
+        let rule = only(1, SeccompCmpOp::MaskedEq(0xff00), of_kvm)?;
+        rules.insert(libc::SYS_ioctl, vec![rule]);
     }
     let (otherwise, listed) = (SeccompAction::KillProcess, SeccompAction::Allow);
     let filter = SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64)?;
     let program: BpfProgram = filter.try_into()?;
     Ok(seccompiler::apply_filter(&program)?)
+}
+
+/// Allows a call when its argument `index` compares to `value` like that.
+fn only(index: u8, how: SeccompCmpOp, value: u64) -> Result<SeccompRule, SandboxError> {
+    let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, how, value)?;
+    Ok(SeccompRule::new(vec![condition])?)
 }
