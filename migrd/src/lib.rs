@@ -6,5 +6,7 @@
 pub mod migration;
 pub mod pages;
 pub mod registry;
+pub mod sys;
 pub mod units;
+pub mod vmm;
 pub mod workload;

@@ -1,0 +1,169 @@
+//! Puts a kernel into fresh guest memory and points the first vCPU at it.
+//!
+//! Owns what the guest finds at its first instruction: kernel, initrd, command
+//! line, memory map, ACPI tables, registers. May not touch devices, nor open
+//! files: it reads the ones it is given, and believes nothing they say.
+//!
+//! Three ways in, by what the file is:
+//!
+//! | file | entry |
+//! |---|---|
+//! | ELF with the note `XEN_ELFNOTE_PHYS32_ENTRY` | PVH: 32-bit, paging off |
+//! | any other ELF | Linux 64-bit boot protocol at the ELF entry |
+//! | bzImage | Linux 64-bit boot protocol at 0x200 in the loaded part |
+//!
+//! Why the other vCPUs are described by ACPI: `docs/decisions/0002-smp-tables.md`.
+
+pub mod acpi;
+mod elf;
+mod error;
+pub mod layout;
+mod pvh;
+mod vcpu;
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+pub use error::BootError;
+pub use vcpu::configure_vcpu;
+
+/// What to boot.
+#[derive(Debug)]
+pub struct BootSpec<'a> {
+    /// The kernel: ELF or bzImage.
+    pub kernel: &'a mut File,
+    /// The initial RAM disk.
+    pub initrd: Option<&'a mut File>,
+    /// The kernel's command line.
+    pub cmdline: &'a str,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Size of the VM's RAM in bytes, laid out as [`layout`] says.
+    pub memory_bytes: u64,
+}
+
+/// How the first vCPU enters the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// PVH: 32-bit protected mode, paging off, EBX points to the start info.
+    Pvh {
+        /// Physical address of the first instruction.
+        entry: u32,
+    },
+    /// Linux 64-bit boot protocol: long mode on identity page tables, RSI
+    /// points to the zero page.
+    Linux64 {
+        /// Physical address of the first instruction.
+        entry: u64,
+    },
+}
+
+/// An address range that something occupies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Span {
+    start: u64,
+    end: u64,
+}
+
+/// Loads everything a guest needs to boot into `mem`, which must be fresh:
+/// what is not written is taken to be zero.
+///
+/// # Errors
+/// When the specification or a file is not usable; see [`BootError`].
+pub fn load<M: GuestMemoryBackend>(mem: &M, spec: BootSpec<'_>) -> Result<Entry, BootError> {
+    let BootSpec { kernel, initrd, cmdline, cpus, memory_bytes } = spec;
+    layout::check_memory(mem, memory_bytes)?;
+    check_cmdline(cmdline, layout::CMDLINE_MAX)?;
+    acpi::check_cpus(cpus)?;
+    let ram_end = layout::low_ram_end(memory_bytes);
+
+    let mut magic = [0; 4];
+    let format = kernel.read_exact_at(&mut magic, 0).map(|()| magic);
+    let rsdp = acpi::write_tables(mem, cpus)?;
+    write(mem, layout::CMDLINE, cmdline.as_bytes(), "command line")?;
+    match format {
+        Ok(elf::MAGIC) => {
+            let image = elf::load(mem, kernel, ram_end)?;
+            let initrd = place_initrd(mem, initrd, image.span.end, ram_end)?;
+            let entry = image.pvh_entry.ok_or(BootError::UnknownFormat)?;
+            pvh::write_start_info(mem, initrd, memory_bytes, rsdp)?;
+            Ok(Entry::Pvh { entry })
+        }
+        _ => Err(BootError::UnknownFormat),
+    }
+}
+
+fn check_cmdline(cmdline: &str, limit: usize) -> Result<(), BootError> {
+    if let Some(at) = cmdline.bytes().position(|byte| byte == 0) {
+        return Err(BootError::CmdlineNul { at });
+    }
+    if cmdline.len() > limit {
+        return Err(BootError::CmdlineTooLong { length: cmdline.len(), limit });
+    }
+    Ok(())
+}
+
+/// Reads the initrd to the highest pages that end at or below `limit`, so that
+/// a kernel that unpacks itself upwards does not meet it.
+fn place_initrd<M: GuestMemoryBackend>(
+    mem: &M,
+    initrd: Option<&mut File>,
+    kernel_end: u64,
+    limit: u64,
+) -> Result<Option<Span>, BootError> {
+    const PAGE_MASK: u64 = crate::units::PAGE_SIZE - 1;
+    let Some(file) = initrd else { return Ok(None) };
+    let length = file_length(file, "initrd")?;
+    if length == 0 {
+        return Err(BootError::InitrdEmpty);
+    }
+    let floor = (kernel_end + PAGE_MASK) & !PAGE_MASK;
+    let room = limit.saturating_sub(floor);
+    let start = limit.checked_sub(length).map(|start| start & !PAGE_MASK);
+    let Some(start) = start.filter(|start| *start >= floor) else {
+        return Err(BootError::InitrdTooLarge { length, room, limit });
+    };
+    copy(mem, start, file, 0, length, "initrd")?;
+    Ok(Some(Span { start, end: start + length }))
+}
+
+fn file_length(file: &File, what: &'static str) -> Result<u64, BootError> {
+    let metadata = file.metadata().map_err(|source| BootError::Read { what, source })?;
+    Ok(metadata.len())
+}
+
+/// Copies `length` bytes of `file` from `offset` on to guest address `at`. The
+/// caller has checked that both exist.
+fn copy<M: GuestMemoryBackend>(
+    mem: &M,
+    at: u64,
+    file: &mut File,
+    offset: u64,
+    length: u64,
+    what: &'static str,
+) -> Result<(), BootError> {
+    file.seek(SeekFrom::Start(offset)).map_err(|source| BootError::Read { what, source })?;
+    let length = usize::try_from(length).map_err(|_| BootError::KernelOutsideMemory {
+        start: at,
+        end: u64::MAX,
+        ram_end: 0,
+    })?;
+    mem.read_exact_volatile_from(GuestAddress(at), file, length)
+        .map_err(|source| BootError::GuestMemory { what, source })
+}
+
+fn write<M: GuestMemoryBackend>(
+    mem: &M,
+    at: u64,
+    bytes: &[u8],
+    what: &'static str,
+) -> Result<(), BootError> {
+    mem.write_slice(bytes, GuestAddress(at))
+        .map_err(|source| BootError::GuestMemory { what, source })
+}
+
+#[cfg(test)]
+mod tests;
