@@ -291,7 +291,7 @@ pub struct RestoreArgs {
 }
 
 #[derive(Debug, Args)]
-#[group(id = "action", required = true, multiple = false, args = ["run_here", "give_up"])]
+#[command(group(clap::ArgGroup::new("action").required(true).args(["run_here", "give_up"])))]
 pub struct ForceArgs {
     /// Name of the workload.
     pub name: String,

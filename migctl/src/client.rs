@@ -1,6 +1,8 @@
 //! The connection to a daemon, and what its failures mean to a person.
 
 use std::error::Error as _;
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
 use std::time::Duration;
 
 use migr_proto::v1::control_client::ControlClient;
@@ -12,6 +14,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pings notice a peer that is silent: a dead host, or no HTTP/2 server at all.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a peer that broke the connection may take to show what it is.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The domain of the error details that migrd attaches to its refusals.
 const ERROR_DOMAIN: &str = "migr";
 
@@ -144,13 +148,7 @@ fn explain(address: &str, doing: &str, status: &Status) -> ClientError {
     if details.is_none() {
         if let Some(cause) = status.source() {
             let detail = innermost(cause);
-            // A peer that is not HTTP/2 breaks its framing rules with its first bytes.
-            let foreign = chain(cause).any(|text| {
-                ["protocol error", "frame with invalid size", "http2 error: connection error"]
-                    .iter()
-                    .any(|sign| text.contains(sign))
-            });
-            return if foreign {
+            return if answers_otherwise(&address) {
                 ClientError::NotMigrd { doing, address, detail }
             } else {
                 ClientError::Lost { doing, address, detail }
@@ -183,6 +181,27 @@ fn explain(address: &str, doing: &str, status: &Status) -> ClientError {
         remedy: field("remedy"),
     };
     ClientError::Refused { doing, refusal: Box::new(refusal) }
+}
+
+/// Whether something at `address` answers, and not as an HTTP/2 server does.
+///
+/// How a connection to such a server breaks depends on who writes first, so
+/// the failure alone does not tell. A server must open with a SETTINGS frame
+/// (RFC 9113, 3.4), whose fourth byte is its type.
+fn answers_otherwise(address: &str) -> bool {
+    // The client's connection preface and an empty SETTINGS frame.
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const SETTINGS: u8 = 4;
+    let first_bytes = || -> io::Result<[u8; 4]> {
+        let target = address.to_socket_addrs()?.next().ok_or(io::ErrorKind::NotFound)?;
+        let mut stream = TcpStream::connect_timeout(&target, PROBE_TIMEOUT)?;
+        stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
+        stream.write_all(HELLO)?;
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer)?;
+        Ok(answer)
+    };
+    first_bytes().is_ok_and(|answer| answer[3] != SETTINGS)
 }
 
 /// The messages of an error and of everything that caused it.

@@ -164,16 +164,29 @@ impl<'a> Tracker<'a> {
                 continue;
             };
             let name = || WorkloadName { name: self.known.workload.clone() };
+            if let Ok(reply) = client.rpc().inspect(name()).await {
+                let reply = reply.into_inner();
+                let superseded = self.is_another(&reply);
+                if let Some(result) = self.deduce(reply) {
+                    return Found::Result(Box::new(result));
+                }
+                if superseded {
+                    return Found::Nothing;
+                }
+            }
             if let Ok(stream) = client.rpc().watch(name()).await {
                 self.client = client;
                 return Found::Stream(Box::new(stream.into_inner()));
             }
-            let Ok(reply) = client.rpc().inspect(name()).await else { continue };
-            if let Some(result) = self.deduce(reply.into_inner()) {
-                return Found::Result(Box::new(result));
-            }
         }
         Found::Nothing
+    }
+
+    /// Whether a later migration of the workload is under way already.
+    fn is_another(&self, reply: &v1::InspectReply) -> bool {
+        let now = reply.workload.as_ref().map(|workload| workload.migration_id.as_str());
+        let id = &self.known.migration_id;
+        !id.is_empty() && now.is_some_and(|now| !now.is_empty() && now != id)
     }
 
     /// What the daemon's view of the workload says about this migration. Only

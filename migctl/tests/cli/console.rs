@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -51,7 +50,7 @@ fn on_a_terminal(leave: impl FnOnce(&mut File, Pid)) -> i32 {
     let fake = Fake::start(Script::default());
     let pty = openpty(None, None).unwrap();
     let before = tcgetattr(&pty.slave).unwrap();
-    let mut keyboard = File::from(OwnedFd::from(pty.master));
+    let mut keyboard = File::from(pty.master);
     let mut child = Command::new(BINARY)
         .args(["--host", &fake.address.to_string(), "console", "web"])
         .stdin(Stdio::from(pty.slave.try_clone().unwrap()))

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
 use migr_proto::v1::control_server::{Control, ControlServer};
@@ -34,7 +34,7 @@ pub struct Script {
     pub cancel_error: Option<Status>,
     /// A migration is there to be watched.
     pub watchable: bool,
-    /// The report stays open after its events.
+    /// The report, or the log, stays open after what it has.
     pub hold: bool,
     pub plan: MigrationPlan,
     pub workloads: Vec<Workload>,
@@ -151,6 +151,8 @@ pub fn migctl(args: &[&str]) -> Finished {
 pub struct Running {
     child: Child,
     stderr: BufReader<ChildStderr>,
+    stdout: BufReader<ChildStdout>,
+    printed: String,
     seen: String,
 }
 
@@ -163,7 +165,8 @@ impl Running {
             .spawn()
             .unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
-        Self { child, stderr, seen: String::new() }
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        Self { child, stderr, stdout, printed: String::new(), seen: String::new() }
     }
 
     /// Waits for a line with `text` on stderr.
@@ -176,6 +179,11 @@ impl Running {
                 return;
             }
         }
+    }
+
+    /// Waits for a line on stdout.
+    pub fn wait_for_output(&mut self) {
+        assert_ne!(self.stdout.read_line(&mut self.printed).unwrap(), 0, "ended: {}", self.seen);
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -191,11 +199,10 @@ impl Running {
     }
 
     pub fn end(mut self) -> Finished {
-        let mut stdout = String::new();
-        self.child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+        self.stdout.read_to_string(&mut self.printed).unwrap();
         self.stderr.read_to_string(&mut self.seen).unwrap();
         let status = self.child.wait().unwrap().code().expect("not ended by a signal");
-        Finished { status, stdout, stderr: self.seen }
+        Finished { status, stdout: self.printed, stderr: self.seen }
     }
 }
 
@@ -360,6 +367,10 @@ impl Control for Service {
     async fn logs(&self, request: Request<LogsRequest>) -> Answer<Self::LogsStream> {
         self.note(request.get_ref());
         let chunks = self.script.logs.clone().into_iter().map(Ok);
+        if self.script.hold {
+            let held = tokio_stream::iter(chunks).chain(tokio_stream::pending());
+            return Ok(Response::new(Box::pin(held)));
+        }
         Ok(Response::new(Box::pin(tokio_stream::iter(chunks))))
     }
 

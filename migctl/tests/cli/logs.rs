@@ -70,3 +70,30 @@ fn a_reader_that_leaves_ends_it_quietly() {
         .unwrap();
     assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(141), &b""[..]));
 }
+
+#[test]
+fn following_survives_a_restart_of_the_daemon() {
+    let logs = vec![chunk(0, "one\n", 0)];
+    let first = Fake::start(Script { logs, hold: true, ..Script::default() });
+    let mut running = first.spawn(&["logs", "web", "--follow"]);
+    running.wait_for_output();
+    let address = first.address;
+    drop(first);
+    let logs = vec![chunk(4, "two\n", 0)];
+    let second = Fake::start_at(address, Script { logs, ..Script::default() });
+    let run = running.end();
+    assert_eq!((run.status, run.stdout.as_str()), (0, "one\ntwo\n"), "{}", run.stderr);
+    assert!(second.requests()[0].contains("from_offset: 4"), "{:?}", second.requests());
+}
+
+#[test]
+fn a_log_cut_short_is_an_error() {
+    let logs = vec![chunk(0, "one\n", 0)];
+    let fake = Fake::start(Script { logs, hold: true, ..Script::default() });
+    let mut running = fake.spawn(&["logs", "web"]);
+    running.wait_for_output();
+    drop(fake);
+    let run = running.end();
+    assert_eq!((run.status, run.stdout.as_str()), (1, "one\n"));
+    assert!(run.stderr.contains("was lost"), "{}", run.stderr);
+}

@@ -1,6 +1,8 @@
 //! Outcomes of a migration, and what scripts and people see of them.
 
-use std::process::Command;
+use std::fs::File;
+use std::io::Read;
+use std::process::{Command, Stdio};
 
 use migr_proto::v1::*;
 use nix::sys::signal::Signal;
@@ -166,6 +168,39 @@ fn people_get_a_summary_and_plain_lines() {
     assert!(lines[0].starts_with(" 10.0% precopy, round 1: 10 B of 100 B"), "{}", lines[0]);
     assert!(lines[1].starts_with(" 45.0% precopy, round 2:"), "{}", lines[1]);
     assert!(!run.stderr.contains('\x1b'));
+}
+
+#[test]
+fn a_terminal_gets_a_bar_that_is_gone_at_the_end() {
+    let fake = Fake::start(Script {
+        events: vec![progress(1, 10, 100), progress(2, 50, 100)],
+        when_cancelled: Some(event(failed(MigrationOutcome::Cancelled))),
+        ..Script::default()
+    });
+    let size = nix::pty::Winsize { ws_row: 24, ws_col: 200, ws_xpixel: 0, ws_ypixel: 0 };
+    let pty = nix::pty::openpty(&size, None).unwrap();
+    let mut child = Command::new(BINARY)
+        .env("TERM", "xterm")
+        .args(["--host", &fake.address.to_string(), "migrate", "web", "--to", "b:1"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(pty.slave))
+        .spawn()
+        .unwrap();
+    let mut screen = File::from(pty.master);
+    let mut seen = String::new();
+    let mut buffer = [0; 4096];
+    let mut asked = false;
+    // The read fails when migctl, the terminal's last user, has ended.
+    while let Ok(length @ 1..) = screen.read(&mut buffer) {
+        seen.push_str(&String::from_utf8_lossy(&buffer[..length]));
+        if !asked && seen.contains("50.0%") && seen.contains("round 2") {
+            asked = fake.migctl(&["cancel", "web"]).status == 0;
+        }
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(5), "{seen}");
+    assert!(seen.contains("dirtying") && seen.contains("predicted downtime 8.5 ms"), "{seen}");
+    let last = seen.rsplit("\x1b[2K").next().unwrap();
+    assert!(last.contains("the link broke") && !last.contains('%'), "{seen}");
 }
 
 #[test]

@@ -154,8 +154,8 @@ fn a_web_server_is_not_taken_for_a_daemon() {
         for stream in listener.incoming() {
             let answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n";
             let _ = stream.and_then(|mut stream| {
-                stream.write_all(answer)?;
-                std::io::Read::read(&mut stream, &mut [0; 512])
+                let _request = std::io::Read::read(&mut stream, &mut [0; 512])?;
+                stream.write_all(answer)
             });
         }
     });
