@@ -1,0 +1,356 @@
+//! The command line: every verb, its options and its help.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::units::{parse_address, parse_duration, parse_size};
+
+const AFTER_HELP: &str = "\
+Exit status: 0 done, 1 failed, 2 wrong usage. `migrate` and `watch` have more: see `migctl migrate --help`.
+Errors go to stderr: what failed, on which host, in which phase, and what to do about it.";
+
+const MIGRATE_AFTER_HELP: &str = "\
+Exit status:
+  0    completed: it runs at the destination (with --dry-run: nothing stands in the way)
+  1    the daemon could not be asked; nothing was started
+  2    wrong usage
+  3    refused before anything was touched; the result lists what stands in the way
+  4    failed, and still at the source
+  5    cancelled, and still at the source
+  6    in doubt: the destination did not confirm, or the daemon could not be asked again
+  130  detached by a second Ctrl-C; the migration goes on
+
+The first Ctrl-C asks the daemon to cancel and waits for the result.
+
+Examples:
+  migctl migrate web --to hostb:7070
+  migctl migrate web --to hostb:7070 --max-downtime 20ms --verify
+  migctl -o json migrate web --to hostb:7070 --dry-run";
+
+/// Runs, inspects and moves workloads through the migrd daemon of a host.
+#[derive(Debug, Parser)]
+#[command(name = "migctl", version, after_help = AFTER_HELP, propagate_version = true)]
+pub struct Cli {
+    /// The daemon to ask.
+    #[arg(long, env = "MIGCTL_HOST", global = true, value_name = "ADDR:PORT",
+          default_value = "127.0.0.1:7070", value_parser = parse_address)]
+    pub host: String,
+    /// What to print: text for people, or JSON for scripts.
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Human)]
+    pub output: Format,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Text and tables.
+    Human,
+    /// Objects whose fields scripts may rely on.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Create a VM and start it.
+    #[command(
+        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'"
+    )]
+    Run(RunArgs),
+    /// List the workloads of the host.
+    #[command(after_help = "Example:\n  migctl -o json list --all")]
+    List(ListArgs),
+    /// Show everything the daemon knows about a workload.
+    #[command(after_help = "Example:\n  migctl inspect web")]
+    Inspect(NameArgs),
+    /// Print the serial output of a VM.
+    #[command(
+        after_help = "The log moves with the workload: at the new host it starts with what came before,\nand --follow goes on there by itself.\n\nExample:\n  migctl logs web --follow --timestamps"
+    )]
+    Logs(LogsArgs),
+    /// Attach to the serial console of a VM; follows the VM when it moves.
+    #[command(
+        after_help = "With a terminal, Ctrl-] detaches (see --escape) and every other key goes to the guest.\nWithout one, all of stdin is sent and output is printed until it ends; --detach-after\nleaves that long after the end of stdin.\n\nExamples:\n  migctl console web\n  echo uptime | migctl console web --detach-after 2s"
+    )]
+    Console(ConsoleArgs),
+    /// Move a running workload to another host.
+    #[command(after_help = MIGRATE_AFTER_HELP)]
+    Migrate(MigrateArgs),
+    /// Ask a running migration to stop; the workload stays at the source.
+    #[command(
+        after_help = "Past the point of no return a migration cannot be cancelled.\n\nExample:\n  migctl cancel web"
+    )]
+    Cancel(NameArgs),
+    /// Report on a migration that is running; exits like `migrate`.
+    #[command(
+        after_help = "Ctrl-C ends the watching, not the migration.\n\nExample:\n  migctl watch web"
+    )]
+    Watch(NameArgs),
+    /// Stop the CPUs of a workload; its memory stays.
+    #[command(after_help = "Example:\n  migctl pause web")]
+    Pause(NameArgs),
+    /// Let a paused workload go on.
+    #[command(after_help = "Example:\n  migctl resume web")]
+    Resume(NameArgs),
+    /// Stop a workload for good; it stays listed until `rm`.
+    #[command(after_help = "Example:\n  migctl stop web --force")]
+    Stop(StopArgs),
+    /// Forget a stopped workload and delete what the daemon kept of it.
+    #[command(after_help = "Example:\n  migctl rm web")]
+    Rm(NameArgs),
+    /// Write a snapshot of a VM to a directory on the daemon's host.
+    #[command(after_help = "Example:\n  migctl checkpoint web --to /var/lib/snapshots/web-1")]
+    Checkpoint(CheckpointArgs),
+    /// Start a VM from a snapshot directory on the daemon's host.
+    #[command(
+        after_help = "Example:\n  migctl restore --from /var/lib/snapshots/web-1 --name web2"
+    )]
+    Restore(RestoreArgs),
+    /// Settle a workload that is in doubt, on your word.
+    ///
+    /// A workload is in doubt when it was handed over and the destination never
+    /// confirmed. It does not run here until the daemon has heard from the
+    /// destination, or until you say what is true. Look at the destination
+    /// first: the daemon cannot check what you say.
+    #[command(after_help = FORCE_AFTER_HELP)]
+    Force(ForceArgs),
+    /// Show what this host is and has, and a peer too when one is named.
+    #[command(after_help = "Example:\n  migctl hosts hostb:7070")]
+    Hosts(HostsArgs),
+    /// Print the version of migctl, and of the daemon if it can be reached.
+    #[command(after_help = "Example:\n  migctl -o json version")]
+    Version,
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example:\n  migctl completions bash > /etc/bash_completion.d/migctl")]
+    Completions(CompletionsArgs),
+}
+
+const FORCE_AFTER_HELP: &str = "\
+Consequences:
+  --run-here  If the destination runs it too, TWO copies run, write to the same disks and
+              answer on the same addresses. Make sure the destination is off for good.
+  --give-up   If the destination does not run it, NO copy runs and its memory is lost.
+              Make sure that the destination runs it.
+
+Example:
+  migctl force web --run-here --yes";
+
+#[derive(Debug, Args)]
+pub struct NameArgs {
+    /// Name of the workload.
+    pub name: String,
+}
+
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Name of the new VM.
+    pub name: String,
+    /// Kernel: a PVH ELF or a Linux bzImage, read by the daemon.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Memory, with K, M, G or T (powers of 1024).
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub memory: u64,
+    /// Number of virtual CPUs.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub cpus: u32,
+    /// Kernel command line.
+    #[arg(long, value_name = "STR", default_value = "", allow_hyphen_values = true)]
+    pub cmdline: String,
+    /// Initial RAM disk, read by the daemon.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// Also list workloads that have moved away.
+    #[arg(short, long)]
+    pub all: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Name of the workload.
+    pub name: String,
+    /// Go on printing as output arrives, also at the host it moves to.
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Begin each line with the time its first byte arrived: seconds.nanoseconds since 1970.
+    #[arg(short, long)]
+    pub timestamps: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    /// Name of the workload.
+    pub name: String,
+    /// Key that detaches: ^X means Ctrl-X; none switches it off.
+    #[arg(long, value_name = "KEY", default_value = "^]", value_parser = parse_escape)]
+    pub escape: Escape,
+    /// Detach this long after the end of stdin; by default stay until output ends.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub detach_after: Option<Duration>,
+}
+
+/// The byte that detaches a console, if any does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Escape(pub Option<u8>);
+
+fn parse_escape(text: &str) -> Result<Escape, String> {
+    match text.as_bytes() {
+        b"none" => Ok(Escape(None)),
+        [b'^', key @ (b'@'..=b'_' | b'a'..=b'z')] => Ok(Escape(Some(key & 0x1f))),
+        _ => Err(format!("{text:?} is not a control key such as ^] or ^A, nor none")),
+    }
+}
+
+/// How memory gets to the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Copy while it runs, then stop it for what is left.
+    Precopy,
+    /// Stop it, then copy everything.
+    Stop,
+    /// Hand over first and fetch memory when it is needed; a lost host loses the guest.
+    Postcopy,
+    /// One pass of pre-copy, then post-copy.
+    Hybrid,
+}
+
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// Name of the workload.
+    pub name: String,
+    /// The daemon to move it to, as the daemon at the source reaches it.
+    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
+    pub to: String,
+    /// How memory gets to the destination.
+    #[arg(long, value_enum, default_value_t = Mode::Precopy)]
+    pub mode: Mode,
+    /// Stop the workload when this downtime is predicted; by default the daemon chooses.
+    #[arg(long, value_name = "DURATION", value_parser = parse_downtime)]
+    pub max_downtime: Option<u32>,
+    /// Give up, and stay at the source, when it takes longer.
+    #[arg(long, value_name = "DURATION", value_parser = parse_timeout)]
+    pub timeout: Option<u64>,
+    /// Compare hashes of all memory at both ends while it is stopped (adds to the downtime).
+    #[arg(long)]
+    pub verify: bool,
+    /// Only say what would happen and what stands in the way; touches nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// A downtime budget in whole microseconds.
+fn parse_downtime(text: &str) -> Result<u32, String> {
+    let duration = parse_duration(text).map_err(|error| error.to_string())?;
+    match u32::try_from(duration.as_micros()) {
+        Ok(0) => Err("the shortest downtime that can be asked for is 1us".to_owned()),
+        Ok(us) => Ok(us),
+        Err(_) => Err(format!("the longest downtime that can be asked for is {}us", u32::MAX)),
+    }
+}
+
+/// A time limit in milliseconds, rounded up so that it never becomes "none".
+fn parse_timeout(text: &str) -> Result<u64, String> {
+    let duration = parse_duration(text).map_err(|error| error.to_string())?;
+    u64::try_from(duration.as_micros().div_ceil(1000))
+        .map_err(|_| format!("{text:?} is longer than can be counted"))
+}
+
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Name of the workload.
+    pub name: String,
+    /// Do not wait for the guest: end it at once.
+    #[arg(short, long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct CheckpointArgs {
+    /// Name of the workload.
+    pub name: String,
+    /// Directory on the daemon's host; must not exist, or be empty.
+    #[arg(long, value_name = "DIR")]
+    pub to: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Snapshot directory on the daemon's host.
+    #[arg(long, value_name = "DIR")]
+    pub from: PathBuf,
+    /// Name of the restored VM; by default the one it had.
+    #[arg(long)]
+    pub name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("action").required(true).args(["run_here", "give_up"])))]
+pub struct ForceArgs {
+    /// Name of the workload.
+    pub name: String,
+    /// Run it here. Two copies run if the destination runs it too.
+    #[arg(long)]
+    pub run_here: bool,
+    /// Give it up here. None runs, and its memory is lost, if the destination does not run it.
+    #[arg(long)]
+    pub give_up: bool,
+    /// Confirm that you have looked at the destination.
+    #[arg(long)]
+    pub yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct HostsArgs {
+    /// A peer to ask about, as the daemon reaches it.
+    #[arg(value_name = "PEER", value_parser = parse_address)]
+    pub peer: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_shows_an_example() {
+        for verb in Cli::command().get_subcommands() {
+            let help = verb.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example"), "{} has no example", verb.get_name());
+        }
+    }
+
+    #[test]
+    fn control_keys_are_read_as_the_byte_they_send() {
+        assert_eq!(parse_escape("^]"), Ok(Escape(Some(0x1d))));
+        assert_eq!(parse_escape("^a"), Ok(Escape(Some(1))));
+        assert_eq!(parse_escape("none"), Ok(Escape(None)));
+        assert!(parse_escape("q").is_err());
+    }
+
+    #[test]
+    fn budgets_never_round_to_the_daemons_default() {
+        assert_eq!(parse_downtime("50ms"), Ok(50_000));
+        assert!(parse_downtime("1ns").is_err());
+        assert!(parse_downtime("2h").is_err());
+        assert_eq!(parse_timeout("1us"), Ok(1));
+    }
+}

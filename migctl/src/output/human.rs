@@ -1,0 +1,243 @@
+//! Results as tables and text for people.
+
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::json::{Blocker, Host, Inspection, Migration, Outcome, Plan, Workload};
+use crate::units::{plain, show_bytes, show_ms};
+
+/// `list`.
+pub fn workloads(workloads: &[Workload]) -> String {
+    if workloads.is_empty() {
+        return "No workloads.".to_owned();
+    }
+    let mut table = table(&["NAME", "KIND", "STATE", "EPOCH", "MEMORY", "CPUS", "NOTE"]);
+    for workload in workloads {
+        table.add_row(vec![
+            plain(&workload.name),
+            workload.kind.to_owned(),
+            workload.state.to_owned(),
+            workload.epoch.to_string(),
+            show_bytes(workload.memory_bytes),
+            workload.cpus.to_string(),
+            note(workload),
+        ]);
+    }
+    align_right(&mut table, &[3, 4, 5]);
+    trimmed(&table)
+}
+
+/// One sentence about a workload after a verb changed it.
+pub fn workload(workload: &Workload) -> String {
+    let note = note(workload);
+    let note = if note.is_empty() { note } else { format!(": {note}") };
+    format!("{} is {} (epoch {}){note}", plain(&workload.name), workload.state, workload.epoch)
+}
+
+fn note(workload: &Workload) -> String {
+    let moved = workload.moved_to.as_ref().map(|peer| match workload.state {
+        "in_doubt" => format!("handed to {peer}, not confirmed"),
+        _ => format!("now at {peer}"),
+    });
+    let parts: Vec<_> = [moved, workload.reason.clone()].into_iter().flatten().collect();
+    plain(&parts.join("; "))
+}
+
+/// `inspect`.
+pub fn inspection(inspection: &Inspection) -> String {
+    let workload = &inspection.workload;
+    let optional = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
+    let mut facts = vec![
+        ("name", workload.name.clone()),
+        ("id", workload.id.clone()),
+        ("kind", workload.kind.to_owned()),
+        ("state", workload.state.to_owned()),
+        ("note", note(workload)),
+        ("epoch", workload.epoch.to_string()),
+        ("cpus", workload.cpus.to_string()),
+        ("memory", show_bytes(workload.memory_bytes)),
+        ("memory touched", show_bytes(inspection.memory_populated_bytes)),
+        ("vmm overhead", show_bytes(inspection.vmm_overhead_bytes)),
+        ("vmm pid", inspection.vmm_pid.map_or_else(|| "none".to_owned(), |pid| pid.to_string())),
+        ("kernel", inspection.kernel.clone()),
+        ("initrd", optional(&inspection.initrd)),
+        ("cmdline", inspection.cmdline.clone()),
+        ("log", show_bytes(inspection.log_bytes)),
+        ("log dropped", show_bytes(inspection.log_dropped_bytes)),
+    ];
+    facts.retain(|(label, value)| *label != "note" || !value.is_empty());
+    let mut text = aligned(&facts);
+    if let Some(last) = &inspection.last_migration {
+        text.push_str(&format!("\nlast migration:\n{}", migration(last)));
+    }
+    text
+}
+
+/// The summary at the end of a migration.
+pub fn migration(result: &Migration) -> String {
+    let headline = match result.outcome {
+        Outcome::Completed => format!("{} now runs at", result.workload),
+        Outcome::Cancelled => {
+            format!("{} stays at its source; cancelled on the way to", result.workload)
+        }
+        Outcome::Failed if !result.blockers.is_empty() => {
+            format!("{} stays at its source; it cannot move to", result.workload)
+        }
+        Outcome::Failed => format!("{} stays at its source; it did not move to", result.workload),
+        Outcome::InDoubt => {
+            format!("{} is IN DOUBT: it is not known to run at", result.workload)
+        }
+    };
+    let mut facts = vec![("outcome", result.outcome.name().to_owned())];
+    if let Some(total) = result.total_ms.filter(|_| result.blockers.is_empty()) {
+        facts.push(("total", show_ms(total)));
+        facts.push(("downtime", downtime(result)));
+        facts.push(("rounds", rounds(result)));
+        facts.push(("pages", pages(result)));
+        facts.push(("on the wire", show_bytes(result.bytes_on_wire.unwrap_or_default())));
+    }
+    let verified = match result.verified {
+        None => "not asked for",
+        Some(true) => "yes: memory is the same at both ends",
+        Some(false) => "NO: memory differs",
+    };
+    facts.push(("verified", verified.to_owned()));
+    let mut text =
+        format!("{} {}\n{}", plain(&headline), plain(&result.destination), aligned(&facts));
+    for blocker in &result.blockers {
+        text.push_str(&self::blocker(blocker));
+    }
+    text
+}
+
+fn downtime(result: &Migration) -> String {
+    let mut text = show_ms(result.downtime_ms.unwrap_or_default());
+    if let Some(parts) = &result.downtime_breakdown_ms {
+        let mut named = vec![
+            ("pause", parts.pause),
+            ("memory", parts.memory),
+            ("state", parts.state),
+            ("restore", parts.restore),
+            ("resume", parts.resume),
+        ];
+        named.extend(parts.verify.map(|ms| ("verify", ms)));
+        let named: Vec<_> =
+            named.iter().map(|(name, ms)| format!("{name} {}", show_ms(*ms))).collect();
+        text.push_str(&format!(" ({})", named.join(", ")));
+    }
+    let predicted = result.predicted_downtime_ms.unwrap_or_default();
+    format!("{text}; predicted {}", show_ms(predicted))
+}
+
+fn rounds(result: &Migration) -> String {
+    let sizes: Vec<_> = result.rounds.iter().map(|round| show_bytes(round.bytes)).collect();
+    match sizes.len() {
+        0 => "0".to_owned(),
+        count => format!("{count} ({})", sizes.join(", ")),
+    }
+}
+
+fn pages(result: &Migration) -> String {
+    format!(
+        "{} sent, {} zero, {} skipped",
+        result.pages_sent.unwrap_or_default(),
+        result.pages_zero.unwrap_or_default(),
+        result.pages_skipped.unwrap_or_default()
+    )
+}
+
+fn blocker(blocker: &Blocker) -> String {
+    let host = blocker.host.as_ref().map(|host| format!(" (at {host})")).unwrap_or_default();
+    let remedy = blocker.remedy.as_ref().map(|r| format!("\n    what to do: {}", plain(r)));
+    format!(
+        "\n  {}: {}{}{}",
+        plain(&blocker.code),
+        plain(&blocker.message),
+        plain(&host),
+        remedy.unwrap_or_default()
+    )
+}
+
+/// `migrate --dry-run`.
+pub fn plan(plan: &Plan) -> String {
+    let verdict = if plan.possible { "can move" } else { "cannot move" };
+    let rate = plan
+        .measured_rate_bytes_per_s
+        .map_or_else(|| "not measured".to_owned(), |rate| format!("{}/s", show_bytes(rate)));
+    let facts = [
+        ("source", plan.source.clone()),
+        ("destination", plan.destination.clone()),
+        ("mode", plan.mode.to_owned()),
+        ("memory", show_bytes(plan.memory_bytes)),
+        ("memory touched", show_bytes(plan.populated_bytes)),
+        ("destination free", show_bytes(plan.destination_free_bytes)),
+        ("link rate", rate),
+        ("predicted total", show_ms(plan.predicted_total_ms)),
+        ("predicted downtime", show_ms(plan.predicted_downtime_ms)),
+        ("allowed downtime", show_ms(plan.max_downtime_ms)),
+    ];
+    let mut text = format!("{} {verdict}; nothing was touched", plain(&plan.workload));
+    text.push('\n');
+    text.push_str(&aligned(&facts));
+    for blocker in &plan.blockers {
+        text.push_str(&self::blocker(blocker));
+    }
+    text
+}
+
+/// `hosts`.
+pub fn hosts(hosts: &[Host]) -> String {
+    let mut table = table(&[
+        "ADDRESS",
+        "VERSION",
+        "KERNEL",
+        "CPUS",
+        "MEMORY",
+        "FREE",
+        "RESERVED",
+        "KVM",
+        "WORKLOADS",
+    ]);
+    for host in hosts {
+        let kvm = host.kvm_problem.clone().unwrap_or_else(|| "no".to_owned());
+        table.add_row(vec![
+            plain(&host.address),
+            plain(&host.version),
+            plain(&host.kernel),
+            host.cpus.to_string(),
+            show_bytes(host.memory_total_bytes),
+            show_bytes(host.memory_free_bytes),
+            show_bytes(host.memory_reserved_bytes),
+            if host.kvm { "yes".to_owned() } else { plain(&kvm) },
+            host.workloads.to_string(),
+        ]);
+    }
+    align_right(&mut table, &[3, 4, 5, 6, 8]);
+    trimmed(&table)
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(header);
+    table
+}
+
+fn align_right(table: &mut Table, columns: &[usize]) {
+    for index in columns {
+        if let Some(column) = table.column_mut(*index) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+/// Lines without the padding at their ends.
+fn trimmed(table: &Table) -> String {
+    table.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>().join("\n")
+}
+
+/// Two columns: labels and values.
+fn aligned(facts: &[(&str, String)]) -> String {
+    let width = facts.iter().map(|(label, _)| label.len()).max().unwrap_or_default();
+    let lines: Vec<_> =
+        facts.iter().map(|(label, value)| format!("  {label:width$}  {}", plain(value))).collect();
+    lines.join("\n")
+}
