@@ -19,7 +19,8 @@
 //! | 8..16 | the page's number |
 //! | 16..18 | how many bytes of records follow the header |
 //! | 18..24 | zero |
-//! | 24.. | records |
+//! | 24..32 | bytes of output before this page, those that were lost included |
+//! | 32.. | records |
 //!
 //! | bytes | of a record |
 //! |---|---|

@@ -17,7 +17,7 @@ pub const LENGTH: u64 = PAGES * PAGE_SIZE;
 pub(super) const NUMBER_LIMIT: u64 = 1 << 50;
 
 const MAGIC: [u8; 4] = *b"MSL1";
-const PAGE_HEADER: usize = 24;
+pub(super) const PAGE_HEADER: usize = 32;
 pub(super) const RECORD_HEADER: usize = 12;
 /// Bytes for records in a page.
 pub(super) const SPACE: usize = PAGE_BYTES - PAGE_HEADER;
@@ -66,9 +66,29 @@ pub(super) struct Record<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Page {
     pub number: u64,
+    /// Bytes of output before this page, those that were lost included.
+    pub before: u64,
     records: Vec<u8>,
     /// Where the last record begins, for a page that is being written.
     last: Option<usize>,
+}
+
+impl Record<'_> {
+    /// Bytes that were lost here; 0 for a record of output.
+    pub fn lost(&self) -> u64 {
+        match self.kind {
+            Kind::Lost => self.data.try_into().map_or(0, u64::from_le_bytes),
+            Kind::Continuation | Kind::LineStart => 0,
+        }
+    }
+
+    /// Bytes of output it stands for.
+    pub fn output(&self) -> u64 {
+        match self.kind {
+            Kind::Lost => self.lost(),
+            Kind::Continuation | Kind::LineStart => self.data.len() as u64,
+        }
+    }
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
@@ -90,14 +110,19 @@ fn record_at(records: &[u8], at: usize) -> Option<Record<'_>> {
 }
 
 impl Page {
-    /// A page without records.
-    pub fn empty(number: u64) -> Self {
-        Self { number, records: Vec::with_capacity(SPACE), last: None }
+    /// A page without records, after `before` bytes of output.
+    pub fn empty(number: u64, before: u64) -> Self {
+        Self { number, before, records: Vec::with_capacity(SPACE), last: None }
+    }
+
+    /// Bytes of output up to its end, those that were lost included.
+    pub fn after(&self) -> u64 {
+        self.records().fold(self.before, |sum, record| sum.saturating_add(record.output()))
     }
 
     /// What `bytes`, found in slot `slot`, say; nothing if anything is wrong with them.
     pub fn parse(bytes: &[u8], slot: u64) -> Option<Self> {
-        if bytes.get(..4)? != MAGIC || bytes.get(18..PAGE_HEADER)?.iter().any(|b| *b != 0) {
+        if bytes.get(..4)? != MAGIC || bytes.get(18..24)?.iter().any(|b| *b != 0) {
             return None;
         }
         let crc = u32::from_le_bytes(bytes.get(4..8)?.try_into().ok()?);
@@ -107,7 +132,8 @@ impl Page {
         if crc32fast::hash(covered) != crc || number >= NUMBER_LIMIT || number % PAGES != slot {
             return None;
         }
-        let page = Self { number, records: bytes[PAGE_HEADER..end].to_vec(), last: None };
+        let (before, records) = (u64_at(bytes, 24)?, bytes.get(PAGE_HEADER..end)?.to_vec());
+        let page = Self { number, before, records, last: None };
         let parsed = page.records().last().map_or(0, |r| r.end);
         (parsed == page.records.len()).then_some(page)
     }
@@ -149,7 +175,8 @@ impl Page {
         bytes.extend_from_slice(&self.number.to_le_bytes());
         let used = u16::try_from(self.records.len()).expect("less than a page");
         bytes.extend_from_slice(&used.to_le_bytes());
-        bytes.resize(PAGE_HEADER, 0);
+        bytes.resize(24, 0);
+        bytes.extend_from_slice(&self.before.to_le_bytes());
         bytes.extend_from_slice(&self.records);
         let crc = crc32fast::hash(&bytes[8..]);
         bytes[4..8].copy_from_slice(&crc.to_le_bytes());

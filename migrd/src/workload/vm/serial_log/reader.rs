@@ -38,6 +38,24 @@ pub struct Entry {
     pub starts_line: bool,
     /// Bytes of output that were lost here; `data` is then empty.
     pub dropped: u64,
+    /// Where `data` stands in all the output there ever was, in bytes.
+    pub offset: u64,
+}
+
+impl Entry {
+    /// Drops what is before byte `offset`; whether anything is left.
+    fn begin_at(&mut self, offset: u64) -> bool {
+        if self.dropped > 0 {
+            return self.offset.saturating_add(self.dropped) > offset;
+        }
+        let skip = usize::try_from(offset.saturating_sub(self.offset)).unwrap_or(usize::MAX);
+        if skip > 0 {
+            self.data.drain(..skip.min(self.data.len()));
+            self.offset = offset;
+            self.starts_line = false;
+        }
+        !self.data.is_empty()
+    }
 }
 
 /// The state of each slot when it was last taken as clean.
@@ -60,14 +78,14 @@ pub struct Reader {
     newest: Option<(u64, usize)>,
 }
 
-fn entry(record: &super::page::Record<'_>, skip: usize) -> Entry {
+fn entry(record: &super::page::Record<'_>, skip: usize, offset: u64) -> Entry {
     let lost = record.kind == Kind::Lost;
-    let number = record.data.try_into().map_or(0, u64::from_le_bytes);
     Entry {
         data: if lost { Vec::new() } else { record.data[skip..].to_vec() },
         line_unix_ns: record.line_unix_ns,
         starts_line: record.kind == Kind::LineStart && skip == 0,
-        dropped: if lost { number } else { 0 },
+        dropped: record.lost(),
+        offset: offset.saturating_add(skip as u64),
     }
 }
 
@@ -154,10 +172,14 @@ impl Reader {
             let number = cursor.page();
             if let Some(page) = self.read_page(number)?.filter(|page| page.number == number) {
                 let from = cursor.within();
-                for record in page.records().filter(|record| record.end > from) {
-                    let skip = from.saturating_sub(record.end - record.data.len());
-                    bytes += record.data.len() - skip + RECORD_HEADER;
-                    entries.push(entry(&record, skip));
+                let mut offset = page.before;
+                for record in page.records() {
+                    if record.end > from {
+                        let skip = from.saturating_sub(record.end - record.data.len());
+                        bytes += record.data.len() - skip + RECORD_HEADER;
+                        entries.push(entry(&record, skip, offset));
+                    }
+                    offset = offset.saturating_add(record.output());
                 }
                 cursor = Cursor::new(number, page.used().max(from));
             }
@@ -167,6 +189,66 @@ impl Reader {
             cursor = Cursor::new(number + 1, 0);
         }
         Ok((entries, cursor))
+    }
+
+    /// Bytes of output so far, those that were lost included.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn output(&mut self) -> io::Result<u64> {
+        self.refresh()?;
+        let Some((newest, _)) = self.newest else { return Ok(0) };
+        Ok(self.read_page(newest)?.map_or(0, |page| page.after()))
+    }
+
+    /// The page in which byte `offset` of the output is, or the oldest kept if
+    /// that is later: a place to read from to reach the byte.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn find(&mut self, offset: u64) -> io::Result<Cursor> {
+        let oldest = self.oldest()?.page();
+        let Some((newest, _)) = self.newest else { return Ok(Cursor(0)) };
+        let (mut low, mut high) = (oldest, newest);
+        // The last page that begins at or before the byte. Of a damaged page
+        // nothing is known, so the ones before it are looked at instead.
+        while low < high {
+            let middle = low + (high - low).div_ceil(2);
+            let mut probe = middle;
+            let begins = loop {
+                match self.read_page(probe)?.filter(|page| page.number == probe) {
+                    Some(page) => break Some(page.before),
+                    None if probe > low => probe -= 1,
+                    None => break None,
+                }
+            };
+            match begins {
+                Some(before) if before > offset => high = probe.saturating_sub(1).max(low),
+                Some(_) => low = middle,
+                None => high = middle - 1,
+            }
+        }
+        Ok(Cursor::new(low, 0))
+    }
+
+    /// Output from byte `offset` on, cut so that it begins there; what is not
+    /// kept any more is left out.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn read_output(&mut self, offset: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
+        let mut cursor = self.find(offset)?;
+        loop {
+            let (mut entries, next) = self.read_from(cursor, max_bytes)?;
+            if entries.is_empty() {
+                return Ok(entries);
+            }
+            entries.retain_mut(|entry| entry.begin_at(offset));
+            if !entries.is_empty() || next == cursor {
+                return Ok(entries);
+            }
+            cursor = next;
+        }
     }
 
     /// What slot `slot` holds now, as far as the pages' numbers tell.

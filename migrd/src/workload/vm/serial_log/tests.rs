@@ -44,11 +44,11 @@ fn a_partial_line_is_seen_at_once_and_continued() {
     let (first, cursor) = reader.read_from(Cursor(0), 100).expect("readable");
     assert_eq!(
         first,
-        [Entry { data: b"log".into(), line_unix_ns: 7, starts_line: true, dropped: 0 }]
+        [Entry { data: b"log".into(), line_unix_ns: 7, starts_line: true, dropped: 0, offset: 0 }]
     );
     writer.append(&[rest(b"in: ", 7)]);
     let (second, cursor) = reader.read_from(cursor, 100).expect("readable");
-    let continued = Entry { data: b"in: ".into(), line_unix_ns: 7, starts_line: false, dropped: 0 };
+    let continued = Entry { data: b"in: ".into(), line_unix_ns: 7, starts_line: false, dropped: 0, offset: 3 };
     assert_eq!(second, [continued]);
     assert_eq!(reader.read_from(cursor, 100).expect("readable"), (vec![], cursor));
 }
@@ -206,6 +206,13 @@ proptest! {
             prop_assert_eq!(entry.line_unix_ns + 1, back.len() as u64);
             back.last_mut().expect("begins with a line").extend(entry.data);
         }
+        let output = lines.concat();
+        let at = max as u64 % (output.len() as u64 + 1);
+        let tail = reader.read_output(at, usize::MAX).expect("readable");
+        let rest = usize::try_from(at).expect("small");
+        prop_assert_eq!(text(&tail), &output[rest..]);
+        prop_assert_eq!(tail.first().map(|e| e.offset), (rest < output.len()).then_some(at));
+        prop_assert_eq!(reader.output().expect("readable"), output.len() as u64);
         prop_assert_eq!(back, lines);
     }
 
@@ -221,6 +228,7 @@ proptest! {
         }
         let (entries, _) = reader(&file).read_from(Cursor(cursor), usize::MAX).expect("readable");
         prop_assert!(text(&entries).len() <= 24_000);
+        let _ = reader(&file).read_output(cursor, 100).expect("readable");
         Writer::open(file.try_clone().expect("clone")).expect("a log").append(&[line(b"on", 2)]);
         prop_assert!(text(&all(&file)).ends_with(b"on"));
     }
@@ -235,7 +243,7 @@ proptest! {
         bytes[8..16].copy_from_slice(&number.to_le_bytes());
         bytes[16..18].copy_from_slice(&used.to_le_bytes());
         bytes[24..24 + body.len()].copy_from_slice(&body);
-        let end = (24 + usize::from(used)).min(PAGE_BYTES);
+        let end = (32 + usize::from(used)).min(PAGE_BYTES);
         let crc = crc32fast::hash(&bytes[8..end]);
         bytes[4..8].copy_from_slice(&crc.to_le_bytes());
         let file = tempfile::tempfile().expect("a file");

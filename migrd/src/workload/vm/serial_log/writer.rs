@@ -42,8 +42,9 @@ impl Writer {
     /// # Errors
     /// When the file cannot be read.
     pub fn open(file: File) -> io::Result<Self> {
-        let number = Page::newest(&file)?.map_or(0, |newest| newest.number + 1);
-        let page = Page::empty(number);
+        let newest = Page::newest(&file)?;
+        let (number, before) = newest.map_or((0, 0), |n| (n.number + 1, n.after()));
+        let page = Page::empty(number, before);
         Ok(Self { file, written: page.clone(), page, pending: 0, lost: 0, noted: 0 })
     }
 
@@ -112,7 +113,7 @@ impl Writer {
         if number >= NUMBER_LIMIT {
             return false;
         }
-        self.page = Page::empty(number);
+        self.page = Page::empty(number, self.page.after());
         self.written = self.page.clone();
         true
     }
