@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::io;
 
-use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::vmm::console::ConsoleSink;
@@ -67,8 +67,8 @@ impl SerialPort {
         let invalid = |e: &dyn std::fmt::Display| SerialError::State(e.to_string());
         let irq = self.uart.interrupt_evt().0.try_clone().map_err(|e| invalid(&e))?;
         let out = self.uart.writer().clone();
-        self.uart = Serial::from_state(state, IrqLine(irq), NoEvents, out)
-            .map_err(|e| invalid(&e))?;
+        self.uart =
+            Serial::from_state(state, IrqLine(irq), NoEvents, out).map_err(|e| invalid(&e))?;
         self.queue = queue.into();
         self.feed();
         Ok(())
