@@ -4,4 +4,4 @@
 //! policy, logging or async code.
 #![allow(unsafe_code)]
 
-pub mod kvm;
+pub mod kvm_state;

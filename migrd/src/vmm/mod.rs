@@ -5,3 +5,5 @@
 //! descriptors it was given.
 
 pub mod boot;
+pub mod cpuid;
+pub mod snapshot;
