@@ -59,7 +59,7 @@ impl GuestMapping {
         }
         let total = file.metadata()?.len();
         let fits = |e: &Extent| e.offset.checked_add(e.length).is_some_and(|end| end <= total);
-        let whole = |e: &Extent| e.length % PAGE_SIZE == 0 && e.offset % PAGE_SIZE == 0;
+        let whole = |e: &Extent| (e.length | e.offset).is_multiple_of(PAGE_SIZE);
         if !extents.iter().all(|e| fits(e) && whole(e)) {
             return Err(invalid("guest memory has not the size its configuration says"));
         }

@@ -94,7 +94,7 @@ impl Vm {
         // SAFETY: the region is mapped with this length as long as `self`
         // holds `memory`. vCPUs keep the VM alive, and whoever holds one holds
         // the memory too (`vmm::vcpu`).
-        Ok(unsafe { self.fd.set_user_memory_region(description)? })
+        unsafe { self.fd.set_user_memory_region(description) }.map_err(io::Error::from)
     }
 
     /// Takes the pages in `words` as clean, from page `first_page` of the slot

@@ -161,7 +161,7 @@ impl Machine {
         fd.register_irqfd(&irq, COM1_IRQ).map_err(system("connect COM1's interrupt"))?;
         let vm = Arc::new(Vm::new(fd, memory).map_err(system("give the VM its memory"))?);
         let console = Console::default();
-        let bus = Arc::new(Bus::new(SerialPort::new(IrqLine(irq), console.sink())));
+        let bus = Arc::new(Bus::new(SerialPort::new(IrqLine(Arc::new(irq)), console.sink())));
         let mut vcpus = Vec::new();
         for index in 0..config.cpus {
             vcpus.push(Arc::new(create_vcpu(&kvm, &vm, index, config.cpus)?));
@@ -240,7 +240,7 @@ impl Machine {
         let spec = BootSpec { kernel, initrd, cmdline: &self.config.cmdline, cpus, memory_bytes };
         let entry = boot::load(self.vm.memory().as_ref(), spec)?;
         if let Some(first) = self.vcpus.first() {
-            boot::configure_vcpu(&first.fd(), self.vm.memory().as_ref(), &entry)?;
+            boot::configure_vcpu(&first.fd(), &entry)?;
         }
         self.loaded();
         Ok(())
