@@ -75,7 +75,8 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
     let rights = [ControlMessage::ScmRights(&raw)];
     let beside = if raw.is_empty() { &rights[..0] } else { &rights[..] };
     let flags = MsgFlags::MSG_NOSIGNAL;
-    let sent = sendmsg::<()>(socket.as_fd().as_raw_fd(), &[IoSlice::new(bytes)], beside, flags, None)?;
+    let sent =
+        sendmsg::<()>(socket.as_fd().as_raw_fd(), &[IoSlice::new(bytes)], beside, flags, None)?;
     if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 

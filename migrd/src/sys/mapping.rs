@@ -1,7 +1,9 @@
 //! A guest's memory as the daemon sees it: streams of bytes that another
 //! process writes at any time. Never a slice.
 
-use std::arch::x86_64::{__m128i, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_setzero_si128};
+use std::arch::x86_64::{
+    __m128i, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_setzero_si128,
+};
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -57,7 +59,7 @@ impl GuestMapping {
         }
         let total = file.metadata()?.len();
         let fits = |e: &Extent| e.offset.checked_add(e.length).is_some_and(|end| end <= total);
-        let whole = |e: &Extent| e.length % PAGE_SIZE == 0 && e.offset % PAGE_SIZE == 0;
+        let whole = |e: &Extent| (e.length | e.offset).is_multiple_of(PAGE_SIZE);
         if !extents.iter().all(|e| fits(e) && whole(e)) {
             return Err(invalid("guest memory has not the size its configuration says"));
         }
@@ -235,9 +237,8 @@ unsafe fn all_zero(at: *const u8, length: usize) -> bool {
     // SAFETY: aligned by `head`; `wide` blocks of 16 bytes end at `tail`.
     let block = |i: usize| unsafe { at.add(head).cast::<__m128i>().add(i).read_volatile() };
     // SAFETY: SSE2 is part of x86-64.
-    let is_zero = |v: __m128i| unsafe {
-        _mm_movemask_epi8(_mm_cmpeq_epi8(v, _mm_setzero_si128())) == 0xffff
-    };
+    let is_zero =
+        |v: __m128i| unsafe { _mm_movemask_epi8(_mm_cmpeq_epi8(v, _mm_setzero_si128())) == 0xffff };
     if wide > 0 && !is_zero(block(0)) {
         return false;
     }

@@ -26,9 +26,8 @@ pub fn isolate(command: &mut Command, fds: Vec<(OwnedFd, RawFd)>) {
         // What some library or our own parent left open must not be found in
         // the child, least of all under one of the numbers.
         // SAFETY: only marks descriptors to be closed by the exec.
-        let rest = unsafe {
-            libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
-        };
+        let rest =
+            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
         if rest < 0 {
             return Err(io::Error::last_os_error());
         }

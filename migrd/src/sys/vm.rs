@@ -7,8 +7,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
-    kvm_run, kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_run,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -94,7 +94,7 @@ impl Vm {
         // SAFETY: the region is mapped with this length as long as `self`
         // holds `memory`. vCPUs keep the VM alive, and whoever holds one holds
         // the memory too (`vmm::vcpu`).
-        Ok(unsafe { self.fd.set_user_memory_region(description)? })
+        unsafe { self.fd.set_user_memory_region(description) }.map_err(io::Error::from)
     }
 
     /// Takes the pages in `words` as clean, from page `first_page` of the slot
@@ -181,4 +181,3 @@ pub fn internal_error(vcpu: &mut VcpuFd) -> (u32, Vec<u64>) {
     let count = usize::try_from(internal.ndata).unwrap_or(0).min(internal.data.len());
     (internal.suberror, internal.data[..count].to_vec())
 }
-

@@ -92,7 +92,8 @@ impl Control {
             PollFd::new(fds::of_event(&self.ended), PollFlags::POLLIN),
         ];
         if let Some(daemon) = &self.daemon {
-            let more = if daemon.unsent.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
+            let more =
+                if daemon.unsent.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
             wait.push(PollFd::new(daemon.socket.as_fd(), PollFlags::POLLIN | more));
         }
         match poll(&mut wait, PollTimeout::NONE) {
@@ -193,8 +194,12 @@ impl Control {
         let proto::ChildRequest { id, request } = request;
         let quit = matches!(request, Some(child_request::Request::Quit(_)));
         let reply = match request {
-            Some(request) => self.answer(request).unwrap_or_else(|e| child_reply::Reply::Error(words(&e))),
-            None => child_reply::Reply::Error("an empty request: the daemon is newer than this VMM".into()),
+            Some(request) => {
+                self.answer(request).unwrap_or_else(|e| child_reply::Reply::Error(words(&e)))
+            }
+            None => child_reply::Reply::Error(
+                "an empty request: the daemon is newer than this VMM".into(),
+            ),
         };
         self.tell_phase();
         let reply = proto::ChildReply { id, reply: Some(reply) };
@@ -203,7 +208,10 @@ impl Control {
         if quit { Then::Quit } else { Then::Serve }
     }
 
-    fn answer(&mut self, request: child_request::Request) -> Result<child_reply::Reply, MachineError> {
+    fn answer(
+        &mut self,
+        request: child_request::Request,
+    ) -> Result<child_reply::Reply, MachineError> {
         use child_reply::Reply;
         use child_request::Request;
         let machine = &mut self.machine;
@@ -219,12 +227,12 @@ impl Control {
                 machine.boot(&mut kernel, initrd.as_mut())?;
             }
             Request::Restore(state) => {
-                todo!("{state:?}");
+                machine.restore(&state)?;
                 self.images = Images::default();
             }
             Request::Run(proto::ChildRun {}) => machine.run()?,
             Request::Pause(proto::ChildPause {}) => machine.pause()?,
-            Request::Save(proto::ChildSave {}) => todo!(),
+            Request::Save(proto::ChildSave {}) => return Ok(Reply::Saved(machine.save()?)),
             Request::DirtyStart(proto::ChildDirtyStart {}) => machine.dirty().start()?,
             Request::DirtyRead(proto::ChildDirtyRead {}) => {
                 return Ok(Reply::Dirty(to_wire(&machine.dirty().read()?)));

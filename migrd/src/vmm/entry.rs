@@ -103,8 +103,11 @@ pub fn run() -> Result<(), EntryError> {
     // Listening again names this process, not the daemon, as the socket's
     // peer to everyone who connects from now on (unix(7), SO_PEERCRED).
     listen(&shared.listener, Backlog::MAXCONN).map_err(io::Error::from)?;
-    let flags = OFlag::from_bits_truncate(fcntl(&shared.listener, FcntlArg::F_GETFL).map_err(io::Error::from)?);
-    fcntl(&shared.listener, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(io::Error::from)?;
+    let flags = OFlag::from_bits_truncate(
+        fcntl(&shared.listener, FcntlArg::F_GETFL).map_err(io::Error::from)?,
+    );
+    fcntl(&shared.listener, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
+        .map_err(io::Error::from)?;
     match build(&shared, kvm, config, ended.try_clone()?) {
         Ok(machine) => Ok(Control::new(shared, machine, images, ended).serve()?),
         Err(e) => Ok(refuse(&shared, &words(&e))?),

@@ -22,7 +22,7 @@ use super::lifecycle::{Lifecycle, Phase};
 use super::memory::{self, MemoryError};
 use super::sandbox::{self, SandboxError};
 use super::vcpu::Vcpu;
-use super::cpuid;
+use super::{cpuid, snapshot, state};
 use crate::sys::vm::{self, Vm};
 
 /// Three pages that KVM wants for itself on some processors, below the
@@ -68,8 +68,8 @@ pub enum MachineError {
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     /// The CPU's features.
-    #[error("cannot give the guest its CPU features: {0}")]
-    Cpuid(String),
+    #[error("cannot give the guest its CPU features")]
+    Cpuid(#[from] cpuid::CpuidError),
     /// The kernel to boot.
     #[error(transparent)]
     Boot(#[from] boot::BootError),
@@ -80,13 +80,32 @@ pub enum MachineError {
     #[error(transparent)]
     Dirty(#[from] DirtyError),
     /// State that could not be saved or restored.
-    #[error("cannot {what}: {reason}")]
+    #[error("cannot {what}")]
     State {
         /// What was tried.
         what: &'static str,
         /// Why not.
-        reason: String,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The state of a VM of another shape.
+    #[error(
+        "the state is of a VM with {memory_bytes} bytes and {cpus} vCPUs, and this one has \
+         {own_memory_bytes} bytes and {own_cpus} vCPUs"
+    )]
+    OtherVm {
+        /// Of the state.
+        memory_bytes: u64,
+        /// Of the state.
+        cpus: u32,
+        /// Of this VM.
+        own_memory_bytes: u64,
+        /// Of this VM.
+        own_cpus: u32,
+    },
+    /// A saved register that is no byte.
+    #[error("the saved serial port is not valid: register value {0}")]
+    Register(u32),
     /// The serial port.
     #[error(transparent)]
     Serial(#[from] SerialError),
@@ -108,7 +127,7 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> MachineError 
 #[derive(Debug)]
 pub struct Machine {
     config: proto::VmConfig,
-    kvm: Kvm,
+    snapshots: snapshot::Host,
     vm: Arc<Vm>,
     vcpus: Vec<Arc<Vcpu>>,
     bus: Arc<Bus>,
@@ -134,11 +153,15 @@ impl Machine {
         check_host(&kvm, config.cpus)?;
         let memory = Arc::new(memory::map(memory, config.memory_bytes)?);
         let fd = create_vm(&kvm)?;
+        let snapshots = snapshot::Host::probe(&kvm, &fd).map_err(|e| MachineError::State {
+            what: "ask KVM what state it has",
+            source: Box::new(e),
+        })?;
         let irq = EventFd::new(EFD_NONBLOCK).map_err(system("create an eventfd"))?;
         fd.register_irqfd(&irq, COM1_IRQ).map_err(system("connect COM1's interrupt"))?;
         let vm = Arc::new(Vm::new(fd, memory).map_err(system("give the VM its memory"))?);
         let console = Console::default();
-        let bus = Arc::new(Bus::new(SerialPort::new(IrqLine(irq), console.sink())));
+        let bus = Arc::new(Bus::new(SerialPort::new(IrqLine(Arc::new(irq)), console.sink())));
         let mut vcpus = Vec::new();
         for index in 0..config.cpus {
             vcpus.push(Arc::new(create_vcpu(&kvm, &vm, index, config.cpus)?));
@@ -146,7 +169,7 @@ impl Machine {
         let lifecycle = Arc::new(Lifecycle::new(ended));
         start_threads(&vcpus, &bus, &lifecycle, &console, log)?;
         let dirty = DirtyLog::new(Arc::clone(&vm));
-        Ok(Self { config, kvm, vm, vcpus, bus, console, lifecycle, dirty })
+        Ok(Self { config, snapshots, vm, vcpus, bus, console, lifecycle, dirty })
     }
 
     /// What it was made of.
@@ -166,7 +189,37 @@ impl Machine {
         &mut self.dirty
     }
 
-    fn expect_ready(&self, what: &'static str) -> Result<(), MachineError> {
+    /// Something was loaded.
+    pub(super) fn loaded(&self) {
+        self.lifecycle.loaded();
+    }
+
+    /// The VM in KVM.
+    pub(super) fn vm_fd(&self) -> &VmFd {
+        self.vm.fd()
+    }
+
+    /// Its vCPUs, by index.
+    pub(super) fn vcpus(&self) -> &[Arc<Vcpu>] {
+        &self.vcpus
+    }
+
+    /// Its devices.
+    pub(super) fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
+    /// What this host can save and restore.
+    pub(super) fn snapshots(&self) -> &snapshot::Host {
+        &self.snapshots
+    }
+
+    /// Of a guest that does not run: returns when its last exit is done with.
+    pub(super) fn wait_until_still(&self) {
+        self.lifecycle.pause();
+    }
+
+    pub(super) fn expect_ready(&self, what: &'static str) -> Result<(), MachineError> {
         match self.phase() {
             Phase::Ready => Ok(()),
             phase => Err(MachineError::Phase { what, phase }),
@@ -177,15 +230,19 @@ impl Machine {
     ///
     /// # Errors
     /// When something is loaded already, or the kernel is not one.
-    pub fn boot(&mut self, kernel: &mut File, initrd: Option<&mut File>) -> Result<(), MachineError> {
+    pub fn boot(
+        &mut self,
+        kernel: &mut File,
+        initrd: Option<&mut File>,
+    ) -> Result<(), MachineError> {
         self.expect_ready("boot")?;
         let (cpus, memory_bytes) = (self.config.cpus, self.config.memory_bytes);
         let spec = BootSpec { kernel, initrd, cmdline: &self.config.cmdline, cpus, memory_bytes };
         let entry = boot::load(self.vm.memory().as_ref(), spec)?;
         if let Some(first) = self.vcpus.first() {
-            boot::configure_vcpu(&first.fd(), self.vm.memory().as_ref(), &entry)?;
+            boot::configure_vcpu(&first.fd(), &entry)?;
         }
-        self.lifecycle.loaded();
+        self.loaded();
         Ok(())
     }
 
@@ -196,9 +253,7 @@ impl Machine {
     pub fn run(&self) -> Result<(), MachineError> {
         if self.phase() == Phase::Paused {
             for vcpu in &self.vcpus {
-                // Tells the guest that it did not hang, if it has kvmclock
-                // (KVM API, 4.72); without one there is nobody to tell.
-                let _ = vcpu.fd().kvmclock_ctrl();
+                state::note_pause(&vcpu.fd())?;
             }
         }
         match self.lifecycle.run() {
@@ -272,7 +327,8 @@ fn check_host(kvm: &Kvm, cpus: u32) -> Result<(), MachineError> {
 fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
     let vm = kvm.create_vm().map_err(system("create a VM"))?;
     let both = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
-    let mut manual = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
+    let mut manual =
+        kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
     manual.args[0] = u64::from(both);
     let offered = kvm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
     if u32::try_from(offered).unwrap_or(0) & both != both {
@@ -289,8 +345,8 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
 
 fn create_vcpu(kvm: &Kvm, vm: &Vm, index: u32, cpus: u32) -> Result<Vcpu, MachineError> {
     let fd = vm.fd().create_vcpu(index.into()).map_err(system("create a vCPU"))?;
-    let cpuid = cpuid::for_vcpu(kvm, index, cpus).map_err(|e| MachineError::Cpuid(e.to_string()))?;
-    fd.set_cpuid2(&cpuid).map_err(|e| MachineError::Cpuid(e.to_string()))?;
+    let cpuid = cpuid::for_vcpu(kvm, index, cpus)?;
+    fd.set_cpuid2(&cpuid).map_err(system("give the guest its CPU features"))?;
     Vcpu::new(fd, Arc::clone(vm.memory())).map_err(system("map a vCPU's shared page"))
 }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend};
 
-use crate::sys::vm::Memory;
 use crate::sys::mapping::{Extent, advise_region};
+use crate::sys::vm::Memory;
 use crate::units::PAGE_SIZE;
 
 /// Where memory gives way to the local APIC, the I/O APIC and firmware.
@@ -58,10 +58,8 @@ fn address(extent: Extent) -> GuestAddress {
 /// # Errors
 /// When the size is impossible or the mapping fails.
 pub fn map(file: File, memory_bytes: u64) -> Result<Memory, MemoryError> {
-    let failed = |e: &dyn std::fmt::Display| MemoryError::Map {
-        bytes: memory_bytes,
-        reason: e.to_string(),
-    };
+    let failed =
+        |e: &dyn std::fmt::Display| MemoryError::Map { bytes: memory_bytes, reason: e.to_string() };
     let file = Arc::new(file);
     let mut ranges = Vec::new();
     for extent in extents(memory_bytes)? {

@@ -22,4 +22,6 @@ pub mod machine;
 pub mod memory;
 pub mod pages;
 pub mod sandbox;
+pub mod snapshot;
+pub mod state;
 pub mod vcpu;

@@ -15,20 +15,23 @@
 //! Why the other vCPUs are described by ACPI: `docs/decisions/0002-smp-tables.md`.
 
 pub mod acpi;
+mod bzimage;
 mod elf;
 mod error;
 pub mod layout;
 mod pvh;
 mod vcpu;
+mod zero_page;
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 pub use error::BootError;
 pub use vcpu::configure_vcpu;
+use zero_page::ZeroPage;
 
 /// What to boot.
 #[derive(Debug)]
@@ -78,21 +81,62 @@ pub fn load<M: GuestMemoryBackend>(mem: &M, spec: BootSpec<'_>) -> Result<Entry,
     layout::check_memory(mem, memory_bytes)?;
     check_cmdline(cmdline, layout::CMDLINE_MAX)?;
     acpi::check_cpus(cpus)?;
-    let ram_end = layout::low_ram_end(memory_bytes);
-
-    let mut magic = [0; 4];
-    let format = kernel.read_exact_at(&mut magic, 0).map(|()| magic);
     let rsdp = acpi::write_tables(mem, cpus)?;
     write(mem, layout::CMDLINE, cmdline.as_bytes(), "command line")?;
-    match format {
-        Ok(elf::MAGIC) => {
-            let image = elf::load(mem, kernel, ram_end)?;
-            let initrd = place_initrd(mem, initrd, image.span.end, ram_end)?;
-            let entry = image.pvh_entry.ok_or(BootError::UnknownFormat)?;
-            pvh::write_start_info(mem, initrd, memory_bytes, rsdp)?;
-            Ok(Entry::Pvh { entry })
+    let entry = match format(kernel)? {
+        Format::Elf => load_elf(mem, kernel, initrd, memory_bytes, rsdp)?,
+        Format::BzImage => {
+            let ram_end = layout::low_ram_end(memory_bytes);
+            let image = bzimage::load(mem, kernel, ram_end)?;
+            check_cmdline(cmdline, image.cmdline_max.min(layout::CMDLINE_MAX))?;
+            let initrd = place_initrd(mem, initrd, image.span.end, image.initrd_end)?;
+            ZeroPage { header: image.header, initrd, memory_bytes, rsdp }.write(mem)?;
+            Entry::Linux64 { entry: image.entry }
         }
-        _ => Err(BootError::UnknownFormat),
+    };
+    vcpu::write_tables(mem, &entry)?;
+    Ok(entry)
+}
+
+fn load_elf<M: GuestMemoryBackend>(
+    mem: &M,
+    kernel: &mut File,
+    initrd: Option<&mut File>,
+    memory_bytes: u64,
+    rsdp: u64,
+) -> Result<Entry, BootError> {
+    let ram_end = layout::low_ram_end(memory_bytes);
+    let image = elf::load(mem, kernel, ram_end)?;
+    let initrd = place_initrd(mem, initrd, image.span.end, ram_end)?;
+    if let Some(entry) = image.pvh_entry {
+        pvh::write_start_info(mem, initrd, memory_bytes, rsdp)?;
+        return Ok(Entry::Pvh { entry });
+    }
+    let header = zero_page::header_of_elf();
+    ZeroPage { header, initrd, memory_bytes, rsdp }.write(mem)?;
+    Ok(Entry::Linux64 { entry: image.entry })
+}
+
+enum Format {
+    Elf,
+    BzImage,
+}
+
+fn format(kernel: &File) -> Result<Format, BootError> {
+    let read = |what, at| {
+        let mut magic = [0; 4];
+        match kernel.read_exact_at(&mut magic, at) {
+            Ok(()) => Ok(Some(magic)),
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(None),
+            Err(source) => Err(BootError::Read { what, source }),
+        }
+    };
+    if read("kernel", 0)? == Some(elf::MAGIC) {
+        Ok(Format::Elf)
+    } else if read("kernel", bzimage::MAGIC_AT)? == Some(bzimage::MAGIC) {
+        Ok(Format::BzImage)
+    } else {
+        Err(BootError::UnknownFormat)
     }
 }
 

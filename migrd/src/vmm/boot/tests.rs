@@ -74,7 +74,7 @@ fn machine(mem: Memory, entry: &Entry) -> Machine {
     vm.create_irq_chip().unwrap();
     for (slot, region) in (0..).zip(mem.iter()) {
         let host = region.get_host_address(MemoryRegionAddress(0)).unwrap();
-        crate::sys::kvm::map_test_memory(
+        crate::sys::kvm_state::map_test_memory(
             &vm,
             kvm_userspace_memory_region {
                 slot,
@@ -88,7 +88,7 @@ fn machine(mem: Memory, entry: &Entry) -> Machine {
     let vcpu = vm.create_vcpu(0).unwrap();
     let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
     vcpu.set_cpuid2(&cpuid).unwrap();
-    configure_vcpu(&vcpu, &mem, entry).unwrap();
+    configure_vcpu(&vcpu, entry).unwrap();
     Machine { vcpu, _vm: vm, mem }
 }
 

@@ -27,48 +27,48 @@ const TSS_SELECTOR: u16 = 0x20;
 const PAGE_PRESENT_WRITABLE: u64 = 3;
 const PAGE_LARGE: u64 = 1 << 7;
 
+/// Writes what the first vCPU's registers point to.
+pub(super) fn write_tables<M: GuestMemoryBackend>(mem: &M, entry: &Entry) -> Result<(), BootError> {
+    let mut sregs = kvm_sregs::default();
+    match entry {
+        Entry::Pvh { .. } => set_segments(&mut sregs, Width::Protected32),
+        Entry::Linux64 { .. } => {
+            set_segments(&mut sregs, Width::Long64);
+            write_page_tables(mem)?;
+        }
+    }
+    write_gdt(mem, &sregs)
+}
+
 /// Points `vcpu`, the first one, at the kernel that [`super::load`] put into
-/// `mem`. The other vCPUs stay as KVM made them and wait for a start-up
+/// its memory. The other vCPUs stay as KVM made them and wait for a start-up
 /// interrupt.
 ///
 /// # Errors
-/// When guest memory can't be written or KVM refuses the state.
-pub fn configure_vcpu<M: GuestMemoryBackend>(
-    vcpu: &VcpuFd,
-    mem: &M,
-    entry: &Entry,
-) -> Result<(), BootError> {
+/// When KVM refuses the state.
+pub fn configure_vcpu(vcpu: &VcpuFd, entry: &Entry) -> Result<(), BootError> {
     let vcpu_error = |what| move |source| BootError::Vcpu { what, source };
     let mut sregs = vcpu.get_sregs().map_err(vcpu_error("system registers"))?;
-    let regs = match *entry {
+    let mut regs = kvm_regs { rflags: RFLAGS_RESERVED, ..kvm_regs::default() };
+    match *entry {
         Entry::Pvh { entry } => {
             set_segments(&mut sregs, Width::Protected32);
             sregs.cr0 = CR0_PE | CR0_ET;
             sregs.cr4 = 0;
             sregs.efer = 0;
-            kvm_regs {
-                rip: entry.into(),
-                rbx: layout::START_INFO,
-                rflags: RFLAGS_RESERVED,
-                ..kvm_regs::default()
-            }
+            regs.rip = entry.into();
+            regs.rbx = layout::START_INFO;
         }
         Entry::Linux64 { entry } => {
             set_segments(&mut sregs, Width::Long64);
-            write_page_tables(mem)?;
             sregs.cr3 = layout::PAGE_TABLES;
             sregs.cr4 = CR4_PAE;
             sregs.cr0 = CR0_PE | CR0_ET | CR0_PG;
             sregs.efer = EFER_LME | EFER_LMA;
-            kvm_regs {
-                rip: entry,
-                rsi: layout::ZERO_PAGE,
-                rflags: RFLAGS_RESERVED,
-                ..kvm_regs::default()
-            }
+            regs.rip = entry;
+            regs.rsi = layout::ZERO_PAGE;
         }
-    };
-    write_gdt(mem, &sregs)?;
+    }
     vcpu.set_sregs(&sregs).map_err(vcpu_error("system registers"))?;
     vcpu.set_regs(&regs).map_err(vcpu_error("registers"))?;
     set_memory_type(vcpu)

@@ -2,9 +2,10 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 
-use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::vmm::console::ConsoleSink;
@@ -13,8 +14,8 @@ use crate::vmm::console::ConsoleSink;
 pub const QUEUE_BYTES: usize = 64 * 1024;
 
 /// The UART's interrupt line, which KVM watches (irqfd).
-#[derive(Debug)]
-pub struct IrqLine(pub EventFd);
+#[derive(Clone, Debug)]
+pub struct IrqLine(pub Arc<EventFd>);
 
 impl Trigger for IrqLine {
     type E = io::Error;
@@ -65,10 +66,9 @@ impl SerialPort {
             return Err(SerialError::State(format!("{} bytes of queued input", queue.len())));
         }
         let invalid = |e: &dyn std::fmt::Display| SerialError::State(e.to_string());
-        let irq = self.uart.interrupt_evt().0.try_clone().map_err(|e| invalid(&e))?;
+        let irq = self.uart.interrupt_evt().clone();
         let out = self.uart.writer().clone();
-        self.uart = Serial::from_state(state, IrqLine(irq), NoEvents, out)
-            .map_err(|e| invalid(&e))?;
+        self.uart = Serial::from_state(state, irq, NoEvents, out).map_err(|e| invalid(&e))?;
         self.queue = queue.into();
         self.feed();
         Ok(())

@@ -12,7 +12,9 @@ use std::sync::Arc;
 
 use migr_proto::v1::{self as proto, child_reply, child_request};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
 use prost::Message;
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
@@ -230,11 +232,7 @@ impl Child {
         Ok(Some(Self::watch(parts, process, pid)))
     }
 
-    async fn attach(
-        socket: UnixStream,
-        directory: &Path,
-        pid: u32,
-    ) -> Result<Parts, ChildError> {
+    async fn attach(socket: UnixStream, directory: &Path, pid: u32) -> Result<Parts, ChildError> {
         let died = || ChildError::Dead(format!("process {pid} ended{}", last_words(directory)));
         let broken = |_: io::Error| died();
         let (first, shared) = greeting(&socket).await.map_err(broken)?;
@@ -488,7 +486,8 @@ fn start(spec: ChildSpec) -> Result<std::process::Child, ChildError> {
     let ram = memfd::create(&name, bytes).map_err(system(format!("reserve {bytes} bytes")))?;
     let listener = control_socket(&directory.join(SOCKET)).map_err(system("make its socket"))?;
     let open = |name: &str| {
-        let file = OpenOptions::new().create(true).append(true).read(true).open(directory.join(name));
+        let file =
+            OpenOptions::new().create(true).append(true).read(true).open(directory.join(name));
         file.map_err(system(format!("open {name} in the VM's directory")))
     };
     let (log, messages) = (open(SERIAL_LOG)?, open(VMM_LOG)?);

@@ -1,0 +1,176 @@
+//! The guest's clocks: kvmclock and each vCPU's TSC.
+//!
+//! The rule: no clock goes back, and none loses more than the downtime. Both
+//! clocks stand still from the instant the stopped VM's clock is read until
+//! they are set at the destination, and they advance together from there on.
+//! Adding the time that passed in between would need both hosts' wall clocks
+//! to agree, and a guest whose time jumps is worse off than one whose time
+//! stood still.
+//!
+//! The TSCs are therefore saved as values at the instant of kvmclock, not as
+//! offsets, which mean nothing on another host. Where KVM tells a vCPU's
+//! offset the value is exact and the vCPUs keep their distance to each other;
+//! elsewhere the TSC is read as an MSR, a little later.
+
+use kvm_bindings::{Msrs, kvm_clock_data, kvm_msr_entry};
+use kvm_ioctls::{VcpuFd, VmFd};
+use migr_proto::v1 as proto;
+
+use super::SnapshotError;
+use super::error::{restore_failed, save_failed};
+use crate::sys::kvm_state;
+
+/// `IA32_TSC`.
+pub(super) const MSR_TSC: u32 = 0x10;
+/// `IA32_TSC_DEADLINE`.
+pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+const KVM_CLOCK_HOST_TSC: u32 = 8;
+
+/// kvmclock at one instant, and the host's TSC at the same instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmClock {
+    nanoseconds: u64,
+    host_tsc: u64,
+}
+
+impl VmClock {
+    /// Reads the clock of a VM whose vCPUs stand still.
+    ///
+    /// # Errors
+    /// When KVM does not tell it.
+    pub fn read(vm: &VmFd) -> Result<Self, SnapshotError> {
+        let kvm_clock_data { clock, flags, pad0: _, realtime: _, host_tsc, pad: _ } =
+            vm.get_clock().map_err(save_failed("clock"))?;
+        // KVM tells the host's TSC only when its own clock is made of it.
+        let told = flags & KVM_CLOCK_HOST_TSC != 0;
+        let host_tsc = if told { host_tsc } else { kvm_state::host_tsc() };
+        Ok(Self { nanoseconds: clock, host_tsc })
+    }
+
+    /// kvmclock in ns.
+    pub(super) fn nanoseconds(self) -> u64 {
+        self.nanoseconds
+    }
+}
+
+/// A restored clock: how far it had advanced beyond the saved value when the
+/// host's TSC had the value beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RestoredClock {
+    elapsed_ns: u64,
+    host_tsc: u64,
+}
+
+/// Sets kvmclock to what it was and lets it run from now on. Comes before the
+/// vCPUs, whose TSCs are set to fit it.
+///
+/// # Errors
+/// When KVM refuses it.
+pub fn restore_clock(
+    vm: &VmFd,
+    devices: &proto::VmDevices,
+) -> Result<RestoredClock, SnapshotError> {
+    let clock = kvm_clock_data { clock: devices.clock_ns, ..kvm_clock_data::default() };
+    vm.set_clock(&clock).map_err(restore_failed("clock"))?;
+    let VmClock { nanoseconds, host_tsc } = VmClock::read(vm)?;
+    Ok(RestoredClock { elapsed_ns: nanoseconds.saturating_sub(devices.clock_ns), host_tsc })
+}
+
+/// A vCPU's clock, as it travels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct VcpuTime {
+    pub tsc_khz: u32,
+    pub tsc: u64,
+    pub tsc_deadline: u64,
+}
+
+impl VcpuTime {
+    /// Reads it from a vCPU that stands still.
+    pub(super) fn save(vcpu: &VcpuFd, clock: VmClock) -> Result<Self, SnapshotError> {
+        let tsc_khz = vcpu.get_tsc_khz().map_err(save_failed("TSC frequency"))?;
+        let tsc = match exact_offset(vcpu)? {
+            Some(offset) => clock.host_tsc.wrapping_add(offset),
+            None => msr(vcpu, MSR_TSC)?.ok_or_else(|| unreadable("TSC"))?,
+        };
+        // A KVM without the deadline timer has no such MSR.
+        let tsc_deadline = msr(vcpu, MSR_TSC_DEADLINE)?.unwrap_or(0);
+        Ok(Self { tsc_khz, tsc, tsc_deadline })
+    }
+
+    /// Sets frequency and value; the deadline has its own place in the order.
+    pub(super) fn restore_tsc(
+        self,
+        vcpu: &VcpuFd,
+        clock: RestoredClock,
+    ) -> Result<(), SnapshotError> {
+        let Self { tsc_khz, tsc, tsc_deadline: _ } = self;
+        let has = vcpu.get_tsc_khz().map_err(save_failed("TSC frequency"))?;
+        if has != tsc_khz {
+            vcpu.set_tsc_khz(tsc_khz).map_err(|source| SnapshotError::TscFrequency {
+                wanted: tsc_khz,
+                has,
+                source,
+            })?;
+        }
+        let elapsed = u128::from(clock.elapsed_ns) * u128::from(tsc_khz) / 1_000_000;
+        let target = tsc.wrapping_add(u64::try_from(elapsed).unwrap_or(0));
+        match exact_offset(vcpu)? {
+            Some(_) => {
+                let offset = target.wrapping_sub(clock.host_tsc);
+                let set = kvm_state::set_tsc_offset(vcpu, offset);
+                set.map_err(restore_failed("TSC offset"))?;
+            }
+            None => set_msr(vcpu, MSR_TSC, target)?,
+        }
+        // Some KVMs take the value and let the guest see the host's TSC all
+        // the same. Ahead is a jump over the downtime; behind breaks the rule.
+        let now = msr(vcpu, MSR_TSC)?.ok_or_else(|| unreadable("TSC"))?;
+        if now < tsc {
+            return Err(SnapshotError::TscBehind { saved: tsc, now });
+        }
+        Ok(())
+    }
+
+    /// Arms the deadline timer: after the local APIC, which drops a deadline
+    /// unless its timer is in deadline mode, and after the TSC, without which
+    /// the deadline would be taken for long past or far away.
+    pub(super) fn restore_deadline(self, vcpu: &VcpuFd) -> Result<(), SnapshotError> {
+        match self.tsc_deadline {
+            0 => Ok(()),
+            deadline => set_msr(vcpu, MSR_TSC_DEADLINE, deadline),
+        }
+    }
+}
+
+/// The vCPU's TSC offset, if adding it to the host's TSC gives the guest's:
+/// not when KVM can't tell it, nor when the guest's TSC is scaled.
+fn exact_offset(vcpu: &VcpuFd) -> Result<Option<u64>, SnapshotError> {
+    let Ok(offset) = kvm_state::tsc_offset(vcpu) else { return Ok(None) };
+    let before = kvm_state::host_tsc().wrapping_add(offset);
+    let guest = msr(vcpu, MSR_TSC)?.ok_or_else(|| unreadable("TSC"))?;
+    let after = kvm_state::host_tsc().wrapping_add(offset);
+    // Wrapping, for a guest whose TSC was just set to a little under 0.
+    let exact = guest.wrapping_sub(before) <= after.wrapping_sub(before);
+    Ok(exact.then_some(offset))
+}
+
+fn unreadable(what: &'static str) -> SnapshotError {
+    save_failed(what)(kvm_ioctls::Error::new(libc::EINVAL))
+}
+
+fn one_msr(index: u32, data: u64) -> Result<Msrs, SnapshotError> {
+    Msrs::from_entries(&[kvm_msr_entry { index, data, ..kvm_msr_entry::default() }])
+        .map_err(|_| save_failed("MSRs")(kvm_ioctls::Error::new(libc::ENOMEM)))
+}
+
+fn msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, SnapshotError> {
+    let mut msrs = one_msr(index, 0)?;
+    let count = vcpu.get_msrs(&mut msrs).map_err(save_failed("MSRs"))?;
+    Ok(msrs.as_slice().first().filter(|_| count == 1).map(|entry| entry.data))
+}
+
+fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<(), SnapshotError> {
+    let count = vcpu.set_msrs(&one_msr(index, value)?).map_err(restore_failed("MSRs"))?;
+    if count == 1 { Ok(()) } else { Err(SnapshotError::Msr { index, value }) }
+}
