@@ -129,6 +129,9 @@ pub trait Terminal: Send + Sync {
     /// Older output than is kept is left out.
     fn read(&self, from: u64, max: usize) -> Result<Vec<Output>, WorkloadError>;
 
+    /// Where its output ends now, in bytes.
+    fn end(&self) -> u64;
+
     /// Resolves when there may be more output than when `seen` was its end.
     async fn more_than(&self, seen: u64);
 

@@ -70,6 +70,10 @@ impl Terminal for SerialPort {
             .collect())
     }
 
+    fn end(&self) -> u64 {
+        self.output_so_far()
+    }
+
     async fn more_than(&self, seen: u64) {
         let mut written = self.written.clone();
         loop {
