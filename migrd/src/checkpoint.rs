@@ -11,7 +11,7 @@
 //! is not a snapshot.
 
 use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::migration::destination::{Host, identity};
 use crate::registry::{Registry, RegistryError, Status};
 use crate::units::WorkloadId;
-use crate::wire::receive::{FileLane, ReceiveError};
-use crate::wire::send::FileSender;
+use crate::wire::file::{FileError, FileLane, FileSender};
 use crate::workload::{Kind, Manifest, StreamKey, StreamSpec, Workload, WorkloadError};
 
 const MANIFEST: &str = "manifest.json";
@@ -59,7 +58,9 @@ pub enum CheckpointError {
         why: String,
     },
     /// It was written by a newer migr.
-    #[error("{path} is of snapshot version {version}, this migrd knows up to {VERSION}; use a newer migrd")]
+    #[error(
+        "{path} is of snapshot version {version}, this migrd knows up to {VERSION}; use a newer migrd"
+    )]
     Newer {
         /// The directory.
         path: String,
@@ -318,11 +319,8 @@ pub async fn restore(
 }
 
 fn manifest(on_disk: OnDisk, name: Option<String>) -> Manifest {
-    let from_disk = |s: OnDiskStream| StreamSpec {
-        key: StreamKey(s.key),
-        name: s.name,
-        length: s.length,
-    };
+    let from_disk =
+        |s: OnDiskStream| StreamSpec { key: StreamKey(s.key), name: s.name, length: s.length };
     Manifest {
         workload: WorkloadId::random(),
         name: name.unwrap_or(on_disk.name),
@@ -344,20 +342,12 @@ fn load(
 ) -> Result<(), CheckpointError> {
     let directory = path.parent().unwrap_or(path);
     let file = File::open(path).map_err(io_error("read", path))?;
-    let mut reader = BufReader::with_capacity(1 << 20, file);
-    let mut lane = FileLane::new(streams, sink);
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let n = reader.read(&mut buffer).map_err(io_error("read", path))?;
-        if n == 0 {
-            break;
-        }
-        lane.feed(&buffer[..n]).map_err(|e: ReceiveError| damaged(directory, e))?;
-    }
-    let applied = lane.finish().map_err(|e| damaged(directory, e))?;
+    let applied = FileLane::new(streams, sink).read(file).map_err(|e| match e {
+        FileError::Io(e) => io_error("read", path)(e),
+        FileError::Batch(e) => damaged(directory, e),
+    })?;
     if applied != batches {
         return Err(damaged(directory, format!("{applied} of {batches} batches are there")));
     }
     Ok(())
 }
-

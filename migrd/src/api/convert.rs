@@ -196,7 +196,7 @@ pub(super) fn plan(planned: &Planned<'_>) -> proto::MigrationPlan {
         measured_rate_bytes_per_s: whole(plan.rate),
         predicted_total_ms: plan.total.map_or(0.0, ms),
         predicted_downtime_ms: plan.downtime.map_or(0.0, ms),
-        max_downtime_us: u32::try_from(max_downtime.as_micros()).unwrap_or(u32::MAX),
+        max_downtime_us: u64::try_from(max_downtime.as_micros()).unwrap_or(u64::MAX),
         destination_version: peer.map_or_else(String::new, |p| p.version.clone()),
     }
 }
@@ -274,4 +274,3 @@ pub fn manifest_from_wire(manifest: proto::Manifest) -> Result<Manifest, String>
         created_unix_ms,
     })
 }
-

@@ -58,7 +58,7 @@ impl WorkloadError {
 }
 
 /// An access outside a stream, or to a stream that does not exist.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("stream {} has no bytes {offset}..{offset}+{length}", key.0)]
 pub struct OutOfStream {
     /// The stream.
