@@ -8,7 +8,6 @@ use migr_proto::v1::{Batch, BatchAck, Run as ProtoRun};
 use proptest::prelude::*;
 use prost::Message;
 use tokio::net::{TcpListener, TcpStream};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::{Endpoint, Server};
 use tonic::{Code, Request, Status};
 
@@ -16,7 +15,7 @@ use super::codec::{Apply, BatchHead, Decoder, Run, RunKind, encode_head};
 use super::limits::{BatchError, MAX_BATCH_BYTES};
 use super::receive::{LaneDirectory, LaneService, ReceiveError, Receiver};
 use super::send::SendLanes;
-use super::{LANE_KEY, MIGRATION_KEY, server_settings};
+use super::{LANE_KEY, MIGRATION_KEY, incoming, server_settings};
 use crate::migration::link::{LinkError, PageLanes};
 use crate::units::{MigrationId, PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
 use crate::workload::{ChunkSink, ChunkSource, OutOfStream, StreamKey, StreamSpec};
@@ -102,7 +101,7 @@ async fn destination(lengths: &[usize], lanes: usize) -> Destination {
     let address = listener.local_addr().expect("an address");
     let server = server_settings(Server::builder())
         .add_service(LaneService::new(directory.clone()))
-        .serve_with_incoming(TcpListenerStream::new(listener));
+        .serve_with_incoming(incoming(listener));
     tokio::spawn(server);
     Destination { address, directory, migration, receiver, memory }
 }
