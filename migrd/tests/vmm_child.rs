@@ -19,6 +19,19 @@ const PATIENCE: Duration = Duration::from_secs(120);
 struct Vm {
     child: Child,
     directory: tempfile::TempDir,
+    _end: EndOnPanic,
+}
+
+/// Children outlive their handles: a test that fails must not leave any.
+struct EndOnPanic(u32);
+
+impl Drop for EndOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let pid = nix::unistd::Pid::from_raw(self.0.try_into().unwrap());
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL);
+        }
+    }
 }
 
 fn config(memory_bytes: u64, cpus: u32, cmdline: &str) -> VmConfig {
@@ -45,7 +58,8 @@ fn spec(directory: &Path, config: VmConfig, kernel: Option<File>) -> ChildSpec {
 async fn spawn(config: VmConfig, kernel: Option<&[u8]>) -> Vm {
     let directory = tempfile::tempdir().unwrap();
     let child = Child::spawn(spec(directory.path(), config, kernel.map(file_of))).await.unwrap();
-    Vm { child, directory }
+    let _end = EndOnPanic(child.pid());
+    Vm { child, directory, _end }
 }
 
 async fn pulse(memory_bytes: u64, cpus: u32, cmdline: &str) -> Vm {
@@ -64,11 +78,15 @@ impl Vm {
     async fn until(&self, wanted: impl Fn(&str) -> bool) -> String {
         let mut written = self.child.log().written;
         let waited = tokio::time::timeout(PATIENCE, async {
+            let mut states = self.child.states();
             while !wanted(&self.serial()) {
-                written.changed().await.unwrap();
+                tokio::select! {
+                    rung = written.changed() => rung.unwrap(),
+                    _ = states.wait_for(|s| matches!(s, ChildState::Dead(_))) => break,
+                }
             }
         });
-        if waited.await.is_err() {
+        if waited.await.is_err() || !wanted(&self.serial()) {
             panic!("{:?}; serial output:\n{}", self.child.states().borrow(), self.serial());
         }
         self.serial()
@@ -337,14 +355,14 @@ async fn console_input_reaches_the_guest() {
 
 #[tokio::test]
 async fn a_child_outlives_its_handle_and_is_adopted() {
-    let Vm { child, directory } = pulse(64 * MIB, 1, "hot=1M").await;
+    let Vm { child, directory, _end } = pulse(64 * MIB, 1, "hot=1M").await;
     let pid = child.pid();
     drop(child);
     let child = Child::adopt(directory.path()).await.unwrap().expect("the child lives");
     assert_eq!(child.pid(), pid);
     assert_eq!(*child.states().borrow(), ChildState::Running);
     assert_eq!(child.config().cmdline, "hot=1M");
-    let vm = Vm { child, directory };
+    let vm = Vm { child, directory, _end };
     let seen = last(&vm.serial(), "pulse pass=").unwrap_or(0);
     assert_healthy(&vm.until(|t| last(t, "pulse pass=") > Some(seen + 2)).await);
     vm.child.kill().await;
