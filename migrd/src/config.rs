@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use crate::wire::limits;
+
 /// Options of `migrd serve`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ServeArgs {
@@ -16,12 +18,9 @@ pub struct ServeArgs {
     #[arg(long)]
     pub insecure: bool,
     /// Connections that carry the pages of one migration (1 to 16).
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_LANES, value_parser = clap::value_parser!(u32).range(1..=16))]
+    #[arg(long, value_name = "N", default_value_t = limits::DEFAULT_LANES, value_parser = clap::value_parser!(u32).range(1..=16))]
     pub lanes: u32,
 }
-
-/// Lanes unless told otherwise: more do not pay on few cores.
-const DEFAULT_LANES: u32 = 2;
 
 /// The daemon can't be started so.
 #[derive(Debug, thiserror::Error)]

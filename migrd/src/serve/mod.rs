@@ -15,7 +15,6 @@ use migr_proto::v1::FILE_DESCRIPTOR_SET;
 use migr_proto::v1::control_server::ControlServer;
 use migr_proto::v1::peer_server::PeerServer;
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
@@ -25,7 +24,7 @@ use crate::migration::destination::{Arrivals, Patience};
 use crate::migration::journal::{Journal, JournalError};
 use crate::registry::{Registry, Setup};
 use crate::wire::receive::{LaneDirectory, LaneService};
-use crate::wire::{Peers, server_settings};
+use crate::wire::{Peers, incoming, server_settings};
 use crate::workload::vm::VmEngine;
 
 /// The largest message of a peer that is not a batch: the state of a VM.
@@ -157,10 +156,10 @@ pub async fn serve(
     ready(&here);
     let (drain, drained) = (CancellationToken::new(), CancellationToken::new());
     let draining = drain.clone();
-    let incoming = TcpListenerStream::new(listener);
+    let connections = incoming(listener);
     let server = tokio::spawn(async move {
         let served =
-            router.serve_with_incoming_shutdown(incoming, draining.cancelled_owned()).await;
+            router.serve_with_incoming_shutdown(connections, draining.cancelled_owned()).await;
         drained.cancel();
         served
     });
