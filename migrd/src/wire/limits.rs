@@ -19,7 +19,7 @@ pub const MAX_LANES: usize = 16;
 /// Lanes to open unless there is a reason for another number: where the
 /// `lane_throughput` example was tuned (two cores, noisy), four moved random
 /// bytes at 0.5 to 0.8 of the rate of a plain TCP copy, one or two at 0.4 to 0.6.
-pub const DEFAULT_LANES: usize = 4;
+pub const DEFAULT_LANES: u32 = 4;
 /// Pages of a stream that travel by the same lane before the next lane's turn.
 pub const PAGES_PER_TURN: u64 = 256;
 /// Bytes a sender leaves unacknowledged on one lane.
