@@ -4,6 +4,8 @@
 //! migration moves chunks of numbered streams and never knows what one means.
 //! May not touch tonic or the phases of a migration.
 
+pub mod vm;
+
 use std::sync::Arc;
 
 use async_trait::async_trait;

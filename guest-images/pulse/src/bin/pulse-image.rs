@@ -1,0 +1,20 @@
+//! `pulse-image OUT`: writes the pulse guest's image to a file.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args_os().skip(1);
+    let (Some(out), None) = (arguments.next(), arguments.next()) else {
+        eprintln!("usage: pulse-image OUT");
+        return ExitCode::from(2);
+    };
+    let out = PathBuf::from(out);
+    match pulse::write_image(&out) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cannot write the image to {}: {error}", out.display());
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Starting, watching and killing a child process, by pidfd.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitStatus};
+
+/// Above every number that a child inherits, so that moving one descriptor
+/// into place cannot overwrite the next.
+const ABOVE: RawFd = 64;
+
+/// Makes `command` run in a session of its own, with each of `fds` open under
+/// the number beside it, and no other that is not meant to cross an exec.
+pub fn isolate(command: &mut Command, fds: Vec<(OwnedFd, RawFd)>) {
+    let hook = move || {
+        nix::unistd::setsid()?;
+        let mut lifted = [(-1, -1); 16];
+        for ((fd, number), slot) in fds.iter().zip(&mut lifted) {
+            // SAFETY: duplicates an open descriptor of ours.
+            let up = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ABOVE) };
+            if up < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            *slot = (up, *number);
+        }
+        // What some library or our own parent left open must not be found in
+        // the child, least of all under one of the numbers.
+        // SAFETY: only marks descriptors to be closed by the exec.
+        let rest =
+            unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        if rest < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        for (up, number) in lifted.iter().take(fds.len()) {
+            // SAFETY: what stood under `number` was lifted above, or is a
+            // descriptor that the exec would close anyway.
+            if unsafe { libc::dup2(*up, *number) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the hook only makes system calls; it takes
+    // no lock and allocates nothing.
+    unsafe { command.pre_exec(hook) };
+}
+
+/// A process, named so that its number being used again does no harm.
+#[derive(Debug)]
+pub struct PidFd(OwnedFd);
+
+impl PidFd {
+    /// Of the process that has `pid` now.
+    ///
+    /// # Errors
+    /// What `pidfd_open(2)` says.
+    pub fn open(pid: u32) -> io::Result<Self> {
+        // SAFETY: a plain system call that returns a new descriptor.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, libc::PIDFD_NONBLOCK) };
+        let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: just made, and nobody else knows it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Kills it. Not an error when it is gone already.
+    ///
+    /// # Errors
+    /// What `pidfd_send_signal(2)` says.
+    pub fn kill(&self) -> io::Result<()> {
+        let none = std::ptr::null::<libc::siginfo_t>();
+        let (call, fd) = (libc::SYS_pidfd_send_signal, self.0.as_raw_fd());
+        // SAFETY: a plain system call; a null siginfo means the usual one.
+        if unsafe { libc::syscall(call, fd, libc::SIGKILL, none, 0) } == 0 {
+            return Ok(());
+        }
+        match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            e => Err(e),
+        }
+    }
+
+    /// Takes the exit status of a child of ours that has ended, so that no
+    /// zombie stays; `None` when it is not our child or has not ended.
+    #[must_use]
+    pub fn reap(&self) -> Option<ExitStatus> {
+        // SAFETY: all zero is a valid siginfo_t.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let id = libc::id_t::try_from(self.0.as_raw_fd()).ok()?;
+        let flags = libc::WEXITED | libc::WNOHANG;
+        // SAFETY: `info` outlives the call.
+        let result = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, flags) };
+        // SAFETY: after a successful waitid these fields are set, or zero.
+        let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+        if result != 0 || pid == 0 {
+            return None;
+        }
+        let exited = info.si_code == libc::CLD_EXITED;
+        Some(ExitStatus::from_raw(if exited { status << 8 } else { status & 0x7f }))
+    }
+}
+
+impl PidFd {
+    /// A descriptor that becomes readable when the process ends.
+    ///
+    /// # Errors
+    /// When there is no room for another descriptor.
+    pub fn watch(&self) -> io::Result<OwnedFd> {
+        self.0.try_clone()
+    }
+}

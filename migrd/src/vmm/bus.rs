@@ -1,0 +1,57 @@
+//! Which device answers at which port.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::devices::i8042;
+use super::devices::serial::SerialPort;
+use super::lifecycle::StopKind;
+
+/// COM1, where every PC has it.
+const COM1: u16 = 0x3f8;
+const COM1_LAST: u16 = COM1 + 7;
+
+/// The devices of one guest, and their ports. Memory-mapped ones there are
+/// none outside KVM: what nobody answers reads as all ones.
+#[derive(Debug)]
+pub struct Bus {
+    serial: Mutex<SerialPort>,
+}
+
+impl Bus {
+    /// With COM1.
+    #[must_use]
+    pub fn new(serial: SerialPort) -> Self {
+        Self { serial: Mutex::new(serial) }
+    }
+
+    /// COM1.
+    pub fn serial(&self) -> MutexGuard<'_, SerialPort> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A write by the guest; says so if that ends it. A string instruction
+    /// brings several bytes for the same port.
+    pub fn write_port(&self, port: u16, data: &[u8]) -> Option<StopKind> {
+        match port {
+            COM1..=COM1_LAST => {
+                let mut serial = self.serial();
+                data.iter().for_each(|byte| serial.write(port - COM1, *byte));
+                None
+            }
+            i8042::COMMAND if data.contains(&i8042::RESET) => Some(StopKind::Reset),
+            _ => None,
+        }
+    }
+
+    /// A read by the guest.
+    pub fn read_port(&self, port: u16, data: &mut [u8]) {
+        match port {
+            COM1..=COM1_LAST => {
+                let mut serial = self.serial();
+                data.iter_mut().for_each(|byte| *byte = serial.read(port - COM1));
+            }
+            i8042::DATA | i8042::COMMAND => data.fill(i8042::IDLE),
+            _ => data.fill(0xff),
+        }
+    }
+}

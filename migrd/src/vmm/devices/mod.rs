@@ -1,0 +1,7 @@
+//! The devices that KVM does not emulate itself.
+//!
+//! Owns their registers and queues. May not touch KVM, but for raising an
+//! interrupt through an eventfd, nor any file but those it was given.
+
+pub mod i8042;
+pub mod serial;

@@ -1,0 +1,191 @@
+//! The start of the child: takes what it inherited, builds the machine,
+//! confines itself, and only then looks at anything from outside.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use migr_proto::v1::{self as proto, child_message};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{Backlog, SockFlag, accept4, listen};
+use prost::Message;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::console::{Log, Piece};
+use super::control::{Control, FAILED, Images, words};
+use super::machine::{Machine, MachineError};
+use super::{frame, sandbox};
+use crate::sys::fds;
+
+/// The numbers under which the child finds its descriptors.
+pub mod number {
+    use std::os::fd::RawFd;
+
+    /// Listening control socket.
+    pub const LISTENER: RawFd = 3;
+    /// Guest memory.
+    pub const MEMORY: RawFd = 4;
+    /// `/dev/kvm`.
+    pub const KVM: RawFd = 5;
+    /// Serial log.
+    pub const LOG: RawFd = 6;
+    /// Eventfd, rung after each write to the log.
+    pub const BELL: RawFd = 7;
+    /// An encoded `VmConfig`.
+    pub const CONFIG: RawFd = 8;
+    /// Kernel, if there is one to boot.
+    pub const KERNEL: RawFd = 9;
+    /// Initrd, if there is one.
+    pub const INITRD: RawFd = 10;
+    /// The first number that means nothing.
+    pub const FIRST_FREE: RawFd = 11;
+}
+
+/// The longest configuration the daemon hands over (bytes).
+const CONFIG_BYTES: u64 = 1 << 20;
+
+/// The child cannot even say over its socket what is wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum EntryError {
+    /// Not started by a daemon.
+    #[error("vmm-child is started by migrd, not by hand")]
+    Inherit(#[source] io::Error),
+    /// The system failed.
+    #[error("the VMM cannot go on")]
+    Io(#[from] io::Error),
+}
+
+/// What the child shares with every daemon that comes.
+#[derive(Debug)]
+pub struct Fds {
+    /// The control socket.
+    pub listener: OwnedFd,
+    /// Guest memory.
+    pub memory: File,
+    /// Serial log.
+    pub log: File,
+    /// Rung after each write to the log.
+    pub bell: File,
+}
+
+impl Fds {
+    /// A new connection, if one waits.
+    ///
+    /// # Errors
+    /// When none does.
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = accept4(self.listener.as_raw_fd(), flags)?;
+        Ok(fds::own(fd).into())
+    }
+}
+
+/// Runs the child until it is told to quit.
+///
+/// # Errors
+/// When it was not started as a child, or the system fails.
+pub fn run() -> Result<(), EntryError> {
+    abort_on_panic();
+    let take = |number| fds::inherited(number).map_err(EntryError::Inherit);
+    let shared = Fds {
+        listener: take(number::LISTENER)?,
+        memory: take(number::MEMORY)?.into(),
+        log: take(number::LOG)?.into(),
+        bell: take(number::BELL)?.into(),
+    };
+    let (kvm, config) = (take(number::KVM)?, File::from(take(number::CONFIG)?));
+    let optional = |number: RawFd| fds::inherited(number).ok().map(File::from);
+    let images = Images { kernel: optional(number::KERNEL), initrd: optional(number::INITRD) };
+    fds::close_from(number::FIRST_FREE)?;
+    let ended = EventFd::new(EFD_NONBLOCK)?;
+    // Listening again names this process, not the daemon, as the socket's
+    // peer to everyone who connects from now on (unix(7), SO_PEERCRED).
+    listen(&shared.listener, Backlog::MAXCONN).map_err(io::Error::from)?;
+    let flags = OFlag::from_bits_truncate(
+        fcntl(&shared.listener, FcntlArg::F_GETFL).map_err(io::Error::from)?,
+    );
+    fcntl(&shared.listener, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
+        .map_err(io::Error::from)?;
+    match build(&shared, kvm, config, ended.try_clone()?) {
+        Ok(machine) => Ok(Control::new(shared, machine, images, ended).serve()?),
+        Err(e) => Ok(refuse(&shared, &words(&e))?),
+    }
+}
+
+fn build(
+    shared: &Fds,
+    kvm: OwnedFd,
+    mut config: File,
+    ended: EventFd,
+) -> Result<Machine, MachineError> {
+    let failed = |what| move |source| MachineError::System { what, source };
+    let mut bytes = Vec::new();
+    let read = Read::by_ref(&mut config).take(CONFIG_BYTES).read_to_end(&mut bytes);
+    read.map_err(failed("read the VM's configuration"))?;
+    drop(config);
+    let config = proto::VmConfig::decode(bytes.as_slice())
+        .map_err(|e| failed("read the VM's configuration")(io::Error::other(e)))?;
+    register_signal_handler(SIGRTMIN(), ignore_kick)
+        .map_err(|e| failed("handle a signal")(e.into()))?;
+    sandbox::limit_process()?;
+    let clone = |file: &File| file.try_clone().map_err(failed("duplicate a descriptor"));
+    let log = SerialLog { log: clone(&shared.log)?, bell: clone(&shared.bell)? };
+    let machine = Machine::new(config, kvm, clone(&shared.memory)?, log, ended)?;
+    sandbox::confine_control()?;
+    Ok(machine)
+}
+
+/// Interrupts a system call, and has done its work with that.
+extern "C" fn ignore_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// A thread that dies alone would leave the others waiting for it.
+fn abort_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        print(info);
+        std::process::abort();
+    }));
+}
+
+/// Tells the daemon, which is waiting, why there is no machine.
+fn refuse(shared: &Fds, why: &str) -> io::Result<()> {
+    eprintln!("{why}");
+    let socket = loop {
+        match shared.accept() {
+            Ok(socket) => break socket,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                let mut wait = [nix::poll::PollFd::new(
+                    std::os::fd::AsFd::as_fd(&shared.listener),
+                    nix::poll::PollFlags::POLLIN,
+                )];
+                nix::poll::poll(&mut wait, nix::poll::PollTimeout::NONE)?;
+            }
+            Err(e) => return Err(e),
+        }
+    };
+    socket.set_nonblocking(false)?;
+    let message = child_message::Message::CannotStart(why.to_owned());
+    let mut bytes = vec![FAILED];
+    frame::encode(&proto::ChildMessage { message: Some(message) }, &mut bytes)
+        .map_err(io::Error::other)?;
+    (&socket).write_all(&bytes)
+}
+
+/// The serial log's file and the bell beside it.
+struct SerialLog {
+    log: File,
+    bell: File,
+}
+
+impl Log for SerialLog {
+    fn write(&mut self, pieces: &[Piece]) -> io::Result<()> {
+        for piece in pieces {
+            self.log.write_all(&piece.bytes)?;
+        }
+        // A counter that is full has been rung often enough.
+        let _ = self.bell.write(&1_u64.to_ne_bytes());
+        Ok(())
+    }
+}

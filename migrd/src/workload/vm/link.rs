@@ -1,0 +1,143 @@
+//! The daemon's end of the socket to a VMM child: requests go out, replies
+//! find who waits for them, and the guest's state is always known.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use migr_proto::v1::{self as proto, child_message, child_reply, child_request};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{oneshot, watch};
+
+use super::child::{ChildError, ChildState};
+use crate::vmm::frame;
+
+type Waiting = HashMap<u64, oneshot::Sender<child_reply::Reply>>;
+
+/// A connection to a child.
+#[derive(Debug)]
+pub struct Link {
+    socket: tokio::sync::Mutex<OwnedWriteHalf>,
+    /// `None` once the connection is gone.
+    waiting: Mutex<Option<Waiting>>,
+    next: AtomicU64,
+    states: watch::Sender<ChildState>,
+}
+
+impl Link {
+    /// Speaks through `socket`; what comes is for [`Self::listen`] to hear.
+    pub fn new(socket: OwnedWriteHalf, states: watch::Sender<ChildState>) -> Arc<Self> {
+        Arc::new(Self {
+            socket: tokio::sync::Mutex::new(socket),
+            waiting: Mutex::new(Some(HashMap::new())),
+            next: AtomicU64::new(1),
+            states,
+        })
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Option<Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the guest does.
+    pub fn states(&self) -> &watch::Sender<ChildState> {
+        &self.states
+    }
+
+    /// Why there is no answer.
+    fn dead(&self) -> ChildError {
+        match &*self.states.borrow() {
+            ChildState::Dead(reason) => ChildError::Dead(reason.clone()),
+            _ => ChildError::Dead("its control connection is gone".into()),
+        }
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// What the child says, or that it is dead.
+    pub async fn ask(
+        &self,
+        request: child_request::Request,
+    ) -> Result<child_reply::Reply, ChildError> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut bytes = Vec::new();
+        frame::encode(&proto::ChildRequest { id, request: Some(request) }, &mut bytes)
+            .map_err(|e| ChildError::Protocol(e.to_string()))?;
+        let (answer, answered) = oneshot::channel();
+        match &mut *self.waiting() {
+            Some(waiting) => waiting.insert(id, answer),
+            None => return Err(self.dead()),
+        };
+        // One frame at a time, and a caller who gives up must not leave half of
+        // one: so the write is a task of its own where it cannot be done at once.
+        let mut socket = self.socket.lock().await;
+        let sent = socket.write_all(&bytes).await;
+        drop(socket);
+        if sent.is_err() {
+            return Err(self.dead());
+        }
+        match answered.await {
+            Ok(child_reply::Reply::Error(message)) => Err(ChildError::Refused(message)),
+            Ok(reply) => Ok(reply),
+            Err(_) => Err(self.dead()),
+        }
+    }
+
+    /// Hears what the child says until the connection ends.
+    ///
+    /// # Errors
+    /// When the connection breaks or what comes makes no sense.
+    pub async fn listen(&self, mut socket: OwnedReadHalf) -> io::Result<()> {
+        let mut received = Vec::new();
+        while socket.read_buf(&mut received).await? > 0 {
+            while let Some(message) =
+                frame::decode::<proto::ChildMessage>(&mut received).map_err(io::Error::other)?
+            {
+                self.heard(message.message);
+            }
+            if received.is_empty() {
+                received.shrink_to(1 << 16);
+            }
+        }
+        Ok(())
+    }
+
+    fn heard(&self, message: Option<child_message::Message>) {
+        match message {
+            Some(child_message::Message::Reply(proto::ChildReply { id, reply })) => {
+                let waiting = self.waiting().as_mut().and_then(|w| w.remove(&id));
+                if let (Some(waiting), Some(reply)) = (waiting, reply) {
+                    // Whoever asked may have given up.
+                    let _ = waiting.send(reply);
+                }
+            }
+            Some(child_message::Message::StateChanged(status)) => {
+                self.become_state(ChildState::from_wire(status));
+            }
+            Some(child_message::Message::CannotStart(reason)) => {
+                self.become_state(ChildState::Dead(reason));
+            }
+            None => {}
+        }
+    }
+
+    /// Notes what the guest does. What is dead stays dead.
+    pub fn become_state(&self, state: ChildState) {
+        self.states.send_if_modified(|old| {
+            let news = !matches!(old, ChildState::Dead(_)) && *old != state;
+            if news {
+                *old = state;
+            }
+            news
+        });
+    }
+
+    /// Whoever waits for an answer will get none.
+    pub fn close(&self, reason: &str) {
+        self.become_state(ChildState::Dead(reason.to_owned()));
+        self.waiting().take();
+    }
+}
