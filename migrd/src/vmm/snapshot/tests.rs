@@ -2,6 +2,7 @@
 
 use kvm_bindings::{kvm_pit_config, kvm_regs};
 use prost::Message;
+use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
 use crate::sys::kvm_state;
@@ -193,6 +194,46 @@ fn msr_that_cannot_be_read_is_left_out() {
     let machine = machine(1);
     let saved = msrs::save(&machine.vcpus[0], &[0x1234_5678, 0x277, 0x1234_5679, 0x2ff]).unwrap();
     assert_eq!(saved.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [0x277, 0x2ff]);
+}
+
+#[test]
+fn restoring_writes_nothing_to_guest_memory() {
+    const WALL_CLOCK: u32 = 0x4b56_4d00;
+    const SYSTEM_TIME: u32 = 0x4b56_4d01;
+    const PAGE: usize = 4096;
+    let memory = |fill: u8| {
+        let range = (vm_memory::GuestAddress(0), 16 * PAGE);
+        let memory = vm_memory::GuestMemoryMmap::<()>::from_ranges(&[range]).unwrap();
+        memory.write_slice(&vec![fill; 16 * PAGE], range.0).unwrap();
+        memory
+    };
+    let give = |machine: &Machine, memory: &vm_memory::GuestMemoryMmap| {
+        let host = memory.get_host_address(vm_memory::GuestAddress(0)).unwrap();
+        let region = kvm_bindings::kvm_userspace_memory_region {
+            memory_size: u64::try_from(16 * PAGE).unwrap(),
+            userspace_addr: u64::try_from(host.addr()).unwrap(),
+            ..Default::default()
+        };
+        kvm_state::map_test_memory(&machine.vm, region);
+    };
+    let content = |memory: &vm_memory::GuestMemoryMmap| {
+        let mut bytes = vec![0; 16 * PAGE];
+        memory.read_slice(&mut bytes, vm_memory::GuestAddress(0)).unwrap();
+        bytes
+    };
+    let (source_memory, destination_memory) = (memory(0xaa), memory(0xaa));
+    let source = machine(1);
+    give(&source, &source_memory);
+    msrs::restore(&source.vcpus[0], &[(WALL_CLOCK, 0x1000), (SYSTEM_TIME, 0x2001)]).unwrap();
+    assert_ne!(content(&source_memory), content(&destination_memory), "KVM wrote the wall clock");
+    let (devices, vcpus) = save(&source);
+    let before = content(&destination_memory);
+    let destination = machine(1);
+    give(&destination, &destination_memory);
+    restore(&destination, &devices, &vcpus);
+    assert_eq!(content(&destination_memory), before);
+    let saved = save(&destination).1;
+    assert!(saved[0].msrs.contains(&proto::Msr { index: SYSTEM_TIME, value: 0x2001 }));
 }
 
 #[test]
