@@ -155,6 +155,30 @@ fn bzimage_runs_at_its_64_bit_entry_and_finds_its_zero_page() {
 }
 
 #[test]
+fn jump_to_the_firmware_pulses_the_reset_line() {
+    let mem = memory(RAM);
+    let mut kernel = file(&elf(KERNEL_AT, &[0xf4], true));
+    let entry = load(&mem, spec(&mut kernel, "")).unwrap();
+    let mut machine = machine(mem, &entry);
+    let mut sregs = machine.vcpu.get_sregs().unwrap();
+    sregs.cr0 &= !1;
+    for segment in [&mut sregs.ds, &mut sregs.es, &mut sregs.ss, &mut sregs.fs, &mut sregs.gs] {
+        (segment.selector, segment.base, segment.limit, segment.g, segment.db) =
+            (0, 0, 0xffff, 0, 0);
+    }
+    sregs.cs = sregs.ds;
+    (sregs.cs.selector, sregs.cs.base) = (0xffff, 0xf_fff0);
+    machine.vcpu.set_sregs(&sregs).unwrap();
+    let mut regs = machine.vcpu.get_regs().unwrap();
+    regs.rip = 0;
+    machine.vcpu.set_regs(&regs).unwrap();
+    match machine.vcpu.run().unwrap() {
+        VcpuExit::IoOut(acpi::RESET_PORT, [acpi::RESET_VALUE]) => {}
+        other => panic!("unexpected exit: {other:?}"),
+    }
+}
+
+#[test]
 fn elf_without_a_pvh_note_is_entered_in_long_mode() {
     #[rustfmt::skip]
     let code = [
