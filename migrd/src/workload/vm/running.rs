@@ -122,6 +122,11 @@ impl Vm {
         self.alive.as_ref().map(|alive| alive.child.states().borrow().clone())
     }
 
+    /// The same, that an operator wants to stand still if `paused`.
+    pub(super) fn stay_paused(self, paused: bool) -> Self {
+        Self { paused, ..self }
+    }
+
     /// Waits until everybody can see that it is in `state`, or has ended: who
     /// asks right after a command must not be told what was before it.
     async fn becomes(&self, state: &RunState) {
