@@ -4,11 +4,13 @@
 use std::arch::x86_64::{
     __m128i, _mm_cmpeq_epi8, _mm_movemask_epi8, _mm_or_si128, _mm_setzero_si128,
 };
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
+use std::sync::{Mutex, PoisonError};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use vm_memory::GuestRegionMmap;
@@ -38,6 +40,8 @@ pub struct GuestMapping {
     base: NonNull<u8>,
     length: usize,
     extents: Vec<Extent>,
+    /// Pages of each stream that were found to hold memory.
+    known: Mutex<BTreeMap<StreamKey, PageBitmap>>,
 }
 
 // SAFETY: the pointer is only used for copies between `base` and
@@ -69,7 +73,7 @@ impl GuestMapping {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping where the kernel finds room replaces none.
         let base = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, &file, 0)? };
-        let mapping = Self { file, base: base.cast(), length, extents };
+        let mapping = Self { file, base: base.cast(), length, extents, known: Mutex::default() };
         advise(mapping.base, length);
         Ok(mapping)
     }
@@ -107,17 +111,25 @@ impl GuestMapping {
     /// # Errors
     /// What lseek(2) says.
     pub fn populated(&self, key: StreamKey) -> io::Result<PageBitmap> {
-        let mut pages = PageBitmap::none(self.pages(key));
-        let Some(extent) = self.extent(key) else { return Ok(pages) };
-        let end = extent.offset + extent.length;
-        let mut from = extent.offset;
-        while let Some((start, stop)) = memfd::next_data(&self.file, from, end)? {
-            let first = (start - extent.offset) / PAGE_SIZE;
-            let last = (stop - extent.offset).div_ceil(PAGE_SIZE);
-            pages.insert(PageRun { first: PageIndex(first), count: last - first });
-            from = stop;
+        let Some(extent) = self.extent(key) else { return Ok(PageBitmap::none(self.pages(key))) };
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let pages =
+            known.entry(key).or_insert_with(|| PageBitmap::none(extent.length / PAGE_SIZE));
+        // Memory that was found once stays, so only the gaps are looked at: to
+        // look at everything costs some ms a GiB, and the guest may stand still.
+        let mut gaps = PageBitmap::all(pages.pages());
+        gaps.subtract(pages);
+        for gap in gaps.runs() {
+            let mut from = extent.offset + gap.offset();
+            let end = from + gap.len_bytes();
+            while let Some((start, stop)) = memfd::next_data(&self.file, from, end)? {
+                let first = (start - extent.offset) / PAGE_SIZE;
+                let last = (stop - extent.offset).div_ceil(PAGE_SIZE);
+                pages.insert(PageRun { first: PageIndex(first), count: last - first });
+                from = stop;
+            }
         }
-        Ok(pages)
+        Ok(pages.clone())
     }
 
     /// Bytes of memory the guest has touched: those the file takes (stat(2),

@@ -59,13 +59,16 @@ impl Run {
         let mut interrupt = self.interrupt();
         let started = Instant::now();
         let pending = self.workload.dirty().await?;
+        let found = started.elapsed();
         if self.record.tally.rounds.is_empty() {
             self.record.tally.skipped = skipped(self.workload.as_ref(), &pending);
         }
         let lanes = self.lanes.as_deref_mut().ok_or_else(no_lanes)?;
         let memory = async {
             send_pages(lanes, &pending).await?;
+            let queued = started.elapsed();
             let totals = lanes.flush().await?;
+            tracing::debug!(?found, ?queued, flushed = ?started.elapsed(), "last pages");
             Ok::<_, MigrationError>((totals, started.elapsed()))
         };
         let memory = interrupt.guard(memory);
