@@ -119,6 +119,14 @@ impl GuestMapping {
         Ok(pages)
     }
 
+    /// Bytes of memory the guest has touched: those the file takes (stat(2),
+    /// `st_blocks` in units of 512 bytes). 0 if that can't be read.
+    #[must_use]
+    pub fn populated_bytes(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        self.file.metadata().map_or(0, |m| m.blocks() * 512)
+    }
+
     /// BLAKE3 over the stream's pages that are not zero, in ascending order:
     /// each page's index (u64, little endian) and then its bytes. Whether a
     /// zero page holds memory or is a hole makes no difference.

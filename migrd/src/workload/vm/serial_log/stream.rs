@@ -6,8 +6,8 @@ use std::os::unix::fs::FileExt;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
-use super::page::LENGTH;
-use crate::units::PAGE_BYTES;
+use super::page::{LENGTH, PAGES};
+use crate::units::{PAGE_BYTES, PAGE_SIZE};
 use crate::workload::{ChunkSink, ChunkSource, OutOfStream, StreamKey, StreamSpec};
 
 /// Reads and writes the file as a stream of [`LENGTH`] bytes. What the file
@@ -31,6 +31,25 @@ impl LogStream {
     #[must_use]
     pub fn spec(&self) -> StreamSpec {
         StreamSpec { key: self.key, name: "serial-log".into(), length: LENGTH }
+    }
+
+    /// BLAKE3 over the pages that are not zero, in ascending order: each page's
+    /// index (u64, little endian) and then its bytes, as for guest memory.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn hash(&self) -> io::Result<[u8; 32]> {
+        let mut hasher = blake3::Hasher::new();
+        let mut page = [0; PAGE_BYTES];
+        let pages = self.file.metadata()?.len().div_ceil(PAGE_SIZE).min(PAGES);
+        for index in 0..pages {
+            read_or_zero(&self.file, index * PAGE_SIZE, &mut page)?;
+            if page.iter().any(|b| *b != 0) {
+                hasher.update(&index.to_le_bytes());
+                hasher.update(&page);
+            }
+        }
+        Ok(*hasher.finalize().as_bytes())
     }
 
     fn check(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {

@@ -1,0 +1,100 @@
+//! A VM that is on its way to this host.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::child::{Child, ChildState};
+use super::running::{Vm, VmStreams, remove};
+use super::serial_log::LogStream;
+use super::{LOG_STREAM, failed, streams, told};
+use crate::workload::{
+    Arriving, ChunkSink, OutOfStream, StreamHash, StreamKey, StreamSpec, Workload, WorkloadError,
+};
+
+/// A VM with an empty memory, or a complete one that does not run yet.
+pub(super) struct ArrivingVm {
+    directory: PathBuf,
+    child: Arc<Child>,
+    streams: Vec<StreamSpec>,
+    chunks: Arc<VmStreams>,
+    /// Made when it starts, so that what follows cannot fail any more.
+    vm: Option<Vm>,
+}
+
+impl ChunkSink for VmStreams {
+    fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream> {
+        if key == LOG_STREAM {
+            self.log.write(key, offset, bytes)
+        } else {
+            self.memory.write(key, offset, bytes)
+        }
+    }
+
+    fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {
+        if key == LOG_STREAM {
+            self.log.zero(key, offset, length)
+        } else {
+            self.memory.zero(key, offset, length)
+        }
+    }
+}
+
+impl ArrivingVm {
+    pub(super) fn new(directory: PathBuf, child: Arc<Child>) -> Result<Self, WorkloadError> {
+        let bytes = child.config().memory_bytes;
+        let streams = streams(bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
+        let mut options = std::fs::OpenOptions::new();
+        let log = options.read(true).write(true).open(&child.log().path);
+        let log = LogStream::new(log.map_err(failed("open the serial log"))?, LOG_STREAM);
+        let chunks = Arc::new(VmStreams { memory: child.mapping(), log });
+        Ok(Self { directory, child, streams, chunks, vm: None })
+    }
+}
+
+#[async_trait]
+impl Arriving for ArrivingVm {
+    fn chunks(&self) -> Arc<dyn ChunkSink> {
+        self.chunks.clone()
+    }
+
+    async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {
+        self.child.restore(state.to_vec()).await.map_err(told("load its state"))
+    }
+
+    async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
+        let (chunks, streams) = (self.chunks.clone(), self.streams.clone());
+        let hashed = tokio::task::spawn_blocking(move || chunks.hash(&streams)).await;
+        hashed.unwrap_or_else(|e| Err(WorkloadError::caused("hashing its memory failed", e)))
+    }
+
+    async fn start(&mut self, paused: bool) -> Result<(), WorkloadError> {
+        if self.vm.is_none() {
+            self.vm = Some(Vm::new(self.directory.clone(), self.child.clone(), paused)?);
+        }
+        let runs = matches!(*self.child.states().borrow(), ChildState::Running);
+        if paused || runs {
+            return Ok(());
+        }
+        self.child.run().await.map_err(told("let it run"))
+    }
+
+    fn arrived(self: Box<Self>) -> Box<dyn Workload> {
+        let Self { directory, child, streams: _, chunks: _, vm } = *self;
+        // `start` has made it; a caller that did not start it gets a dead one.
+        let made = vm.map_or_else(|| Vm::new(directory.clone(), child.clone(), true), Ok);
+        match made {
+            Ok(vm) => Box::new(vm),
+            Err(error) => {
+                tracing::error!(%error, "a VM that arrived cannot be held");
+                Box::new(Vm::unreadable(directory, &error))
+            }
+        }
+    }
+
+    async fn discard(self: Box<Self>) {
+        self.child.kill().await;
+        remove(&self.directory);
+    }
+}

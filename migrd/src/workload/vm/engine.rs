@@ -1,0 +1,288 @@
+//! Makes VMs, and finds those again that an earlier daemon has made.
+//!
+//! Each VM has a directory of its own, named by the workload's id. A directory
+//! that no record of the journal speaks of belongs to a VM that was never
+//! owned: it is cleared away at the start.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use migr_proto::v1 as proto;
+use prost::Message;
+
+use super::arriving::ArrivingVm;
+use super::child::{Child, ChildSpec, ChildState, open_kvm, own_program};
+use super::running::{Vm, remove};
+use super::{chain, failed, streams, told};
+use crate::units::WorkloadId;
+use crate::workload::{Arriving, Engine, Manifest, Workload, WorkloadError};
+
+/// The most virtual CPUs of a VM.
+pub const MAX_CPUS: u32 = 64;
+/// The version of a [`proto::VmConfig`] that this migrd writes.
+const CONFIG_VERSION: u32 = 1;
+
+/// A VM to be made and booted.
+#[derive(Clone, Debug)]
+pub struct NewVm {
+    /// Path of the kernel.
+    pub kernel: PathBuf,
+    /// Path of the initrd.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+}
+
+impl NewVm {
+    /// What the VM is made of, on this host and the next.
+    #[must_use]
+    pub fn config(&self) -> proto::VmConfig {
+        proto::VmConfig {
+            version: CONFIG_VERSION,
+            memory_bytes: self.memory_bytes,
+            cpus: self.cpus,
+            cmdline: self.cmdline.clone(),
+            kernel: self.kernel.display().to_string(),
+            initrd: self.initrd.as_ref().map_or_else(String::new, |p| p.display().to_string()),
+        }
+    }
+
+    /// Whether a VM can be so.
+    ///
+    /// # Errors
+    /// What can't be, and what could.
+    pub fn check(&self) -> Result<(), WorkloadError> {
+        check_config(&self.config())
+    }
+}
+
+fn check_config(config: &proto::VmConfig) -> Result<(), WorkloadError> {
+    if config.version > CONFIG_VERSION {
+        return Err(WorkloadError::new(format!(
+            "the VM is of a newer version ({}) than this migrd knows ({CONFIG_VERSION}); upgrade it",
+            config.version
+        )));
+    }
+    if config.cpus == 0 || config.cpus > MAX_CPUS {
+        let cpus = config.cpus;
+        let text = format!("{cpus} virtual CPUs are not possible: ask for 1 to {MAX_CPUS}");
+        return Err(WorkloadError::new(text));
+    }
+    streams(config.memory_bytes).map(drop).map_err(|e| WorkloadError::new(e.to_string()))
+}
+
+/// Makes VMs in the state directory.
+#[derive(Clone, Debug)]
+pub struct VmEngine {
+    directory: PathBuf,
+}
+
+impl VmEngine {
+    /// VMs live below `directory`, which is made.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn new(directory: PathBuf) -> std::io::Result<Self> {
+        std::fs::create_dir_all(&directory)?;
+        Ok(Self { directory })
+    }
+
+    fn place(&self, id: WorkloadId) -> PathBuf {
+        self.directory.join(id.to_string())
+    }
+
+    /// A VM whose kernel is loaded and that does not run yet.
+    ///
+    /// # Errors
+    /// When a file can't be read, or the host can't have this VM. Nothing is
+    /// left then.
+    pub async fn create(
+        &self,
+        id: WorkloadId,
+        new: &NewVm,
+    ) -> Result<Box<dyn Workload>, WorkloadError> {
+        new.check()?;
+        let kernel = open("kernel", &new.kernel)?;
+        let initrd = new.initrd.as_deref().map(|p| open("initrd", p)).transpose()?;
+        let child = self.spawn(id, new.config(), Some(kernel), initrd).await?;
+        let directory = self.place(id);
+        let booted = child.boot().await.map_err(told(&format!("boot {}", new.kernel.display())));
+        let vm = booted.and_then(|()| Vm::new(directory.clone(), child.clone(), true));
+        match vm {
+            Ok(vm) => Ok(Box::new(vm)),
+            Err(error) => {
+                child.kill().await;
+                remove(&directory);
+                Err(error)
+            }
+        }
+    }
+
+    async fn spawn(
+        &self,
+        id: WorkloadId,
+        config: proto::VmConfig,
+        kernel: Option<File>,
+        initrd: Option<File>,
+    ) -> Result<Arc<Child>, WorkloadError> {
+        let directory = self.place(id);
+        std::fs::create_dir(&directory).map_err(failed("make the VM's directory"))?;
+        let program = own_program();
+        let spec =
+            ChildSpec { id, directory: directory.clone(), config, kernel, initrd, program };
+        match Child::spawn(spec).await {
+            Ok(child) => Ok(Arc::new(child)),
+            Err(error) => {
+                remove(&directory);
+                Err(WorkloadError::new(chain(&error)))
+            }
+        }
+    }
+
+    /// The VM of an owned workload, as an earlier daemon left it. It runs
+    /// unless `paused`, or has ended.
+    ///
+    /// # Errors
+    /// When its child or what it left can't be read.
+    pub async fn find(
+        &self,
+        id: WorkloadId,
+        config: &[u8],
+        paused: bool,
+    ) -> Result<Box<dyn Workload>, WorkloadError> {
+        let Some(vm) = self.find_still(id, paused).await? else {
+            let config = proto::VmConfig::decode(config)
+                .map_err(|e| WorkloadError::caused("its configuration is damaged", e))?;
+            let why = "its VMM is gone: the host restarted, or it was stopped or killed";
+            return Ok(Box::new(Vm::ended(self.place(id), config.memory_bytes, why)?));
+        };
+        let state = vm.child_state();
+        let mut vm = vm;
+        match state {
+            Some(ChildState::Ready | ChildState::Paused) if !paused => vm.thaw().await?,
+            Some(ChildState::Running) if paused => vm.pause().await?,
+            _ => {}
+        }
+        vm.end_old_tracking().await;
+        Ok(Box::new(vm))
+    }
+
+    /// The same, standing still whatever it did: it is not known whose it is.
+    ///
+    /// # Errors
+    /// When its child can't be read or does not stand still.
+    pub async fn find_released(
+        &self,
+        id: WorkloadId,
+        paused: bool,
+    ) -> Result<Option<Box<dyn Workload>>, WorkloadError> {
+        let Some(vm) = self.find_still(id, paused).await? else { return Ok(None) };
+        if vm.child_state() == Some(ChildState::Running) {
+            let mut vm: Box<dyn Workload> = Box::new(vm);
+            vm.freeze().await?;
+            return Ok(Some(vm));
+        }
+        Ok(Some(Box::new(vm)))
+    }
+
+    /// The sealed copy of a workload, if it still lives.
+    ///
+    /// # Errors
+    /// When its child can't be read.
+    pub async fn find_sealed(
+        &self,
+        id: WorkloadId,
+    ) -> Result<Option<Box<dyn Arriving>>, WorkloadError> {
+        let directory = self.place(id);
+        let Some(child) = self.adopt(&directory).await? else { return Ok(None) };
+        Ok(Some(Box::new(ArrivingVm::new(directory, Arc::new(child))?)))
+    }
+
+    async fn find_still(&self, id: WorkloadId, paused: bool) -> Result<Option<Vm>, WorkloadError> {
+        let directory = self.place(id);
+        let Some(child) = self.adopt(&directory).await? else { return Ok(None) };
+        Vm::new(directory, Arc::new(child), paused).map(Some)
+    }
+
+    async fn adopt(&self, directory: &Path) -> Result<Option<Child>, WorkloadError> {
+        Child::adopt(directory).await.map_err(told("take the VM back"))
+    }
+
+    /// Ends every VM that is not in `known`, and clears its directory away.
+    pub async fn sweep(&self, known: &BTreeSet<WorkloadId>) {
+        let Ok(entries) = std::fs::read_dir(&self.directory) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|n| WorkloadId::from_str(n).ok());
+            let Some(id) = id.filter(|id| !known.contains(id)) else { continue };
+            tracing::info!(%id, "clearing away a VM that this host does not own");
+            match Child::adopt(&entry.path()).await {
+                Ok(Some(child)) => child.kill().await,
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%id, %error, "a VM could not be ended"),
+            }
+            remove(&entry.path());
+        }
+    }
+
+    /// Why this host can't run VMs, and what to do; `None` if it can.
+    #[must_use]
+    pub fn problem() -> Option<String> {
+        open_kvm().err().map(|error| chain(&error))
+    }
+}
+
+fn open(what: &str, path: &Path) -> Result<File, WorkloadError> {
+    let opened = File::open(path);
+    let file = opened.map_err(|e| {
+        WorkloadError::caused(format!("cannot open the {what} {}: {e}", path.display()), e)
+    })?;
+    let regular = file.metadata().is_ok_and(|m| m.is_file());
+    if !regular {
+        return Err(WorkloadError::new(format!("the {what} {} is not a file", path.display())));
+    }
+    Ok(file)
+}
+
+#[async_trait]
+impl Engine for VmEngine {
+    fn check(&self, manifest: &Manifest) -> Result<(), WorkloadError> {
+        if let Some(problem) = Self::problem() {
+            return Err(WorkloadError::new(problem));
+        }
+        let config = decode(manifest)?;
+        check_config(&config)?;
+        let expected = streams(config.memory_bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
+        if manifest.memory_bytes != config.memory_bytes || manifest.streams != expected {
+            let text = "what is offered does not fit the VM's own description";
+            return Err(WorkloadError::new(text));
+        }
+        Ok(())
+    }
+
+    async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError> {
+        let child = self.spawn(manifest.workload, decode(manifest)?, None, None).await?;
+        let directory = self.place(manifest.workload);
+        match ArrivingVm::new(directory.clone(), child.clone()) {
+            Ok(arriving) => Ok(Box::new(arriving)),
+            Err(error) => {
+                child.kill().await;
+                remove(&directory);
+                Err(error)
+            }
+        }
+    }
+}
+
+fn decode(manifest: &Manifest) -> Result<proto::VmConfig, WorkloadError> {
+    proto::VmConfig::decode(manifest.config.as_slice())
+        .map_err(|e| WorkloadError::caused("the VM's description is damaged", e))
+}
