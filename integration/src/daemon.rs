@@ -55,8 +55,7 @@ impl Daemon {
     /// failpoint; `None` for a daemon as users have it.
     pub fn halt_at(&mut self, point: Option<&str>) {
         self.halt_at = point.map(ToOwned::to_owned);
-        self.program =
-            if point.is_some() { Program::MigrdFailpoints } else { Program::Migrd };
+        self.program = if point.is_some() { Program::MigrdFailpoints } else { Program::Migrd };
     }
 
     /// Runs `script` in a mount namespace of the daemon's own before it starts;

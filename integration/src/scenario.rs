@@ -192,12 +192,7 @@ fn heartbeat(stamp: &str, line: &str) -> Option<Heartbeat> {
     let (seconds, nanos) = stamp.split_once('.')?;
     let at_ns = seconds.parse::<u64>().ok()?.checked_mul(1_000_000_000)?;
     let at_ns = at_ns.checked_add(nanos.parse().ok()?)?;
-    Some(Heartbeat {
-        at_ns,
-        pass: field("pass")?,
-        errors: field("errors")?,
-        back: field("back")?,
-    })
+    Some(Heartbeat { at_ns, pass: field("pass")?, errors: field("errors")?, back: field("back")? })
 }
 
 /// All heartbeats that `host` has in the log of `name`.
@@ -268,8 +263,7 @@ mod tests {
 
     #[test]
     fn lost_and_repeated_heartbeats_are_counted() {
-        let text: String =
-            [1, 2, 5, 4, 5, 6].map(|pass| line("1.000000000", pass, 0)).concat();
+        let text: String = [1, 2, 5, 4, 5, 6].map(|pass| line("1.000000000", pass, 0)).concat();
         let beats = Heartbeats::parse(&text).unwrap();
         assert_eq!(beats.summary(), Summary { first: 1, last: 6, lost: 2, repeated: 2 });
         assert!(beats.check().is_err());

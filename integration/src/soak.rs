@@ -83,11 +83,8 @@ pub fn run(plan: &Plan, mut tell: impl FnMut(u32, f64)) -> Result<Report> {
     for number in 1..=plan.moves {
         let verify = number % plan.verify_every == 0;
         let options: &[&str] = if verify { &["--verify"] } else { &[] };
-        let moved = if number % 2 == 1 {
-            pair.there(name, options)
-        } else {
-            pair.back(name, options)
-        };
+        let moved =
+            if number % 2 == 1 { pair.there(name, options) } else { pair.back(name, options) };
         let moved = moved.with_context(|| format!("move {number} of {}", plan.moves))?;
         if verify {
             ensure!(moved["verified"] == true, "move {number} was not verified: {moved}");

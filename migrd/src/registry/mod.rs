@@ -89,7 +89,9 @@ pub enum RegistryError {
     #[error("a workload named {0} is here already; choose another name or remove it")]
     NameTaken(String),
     /// The name can't be one.
-    #[error("{0:?} can't be a name: use letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit")]
+    #[error(
+        "{0:?} can't be a name: use letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit"
+    )]
     BadName(String),
     /// A migration is under way.
     #[error("{name} is being migrated ({migration}); wait for it, or `migctl cancel {name}` first")]
@@ -115,7 +117,9 @@ pub enum RegistryError {
     #[error("no migration of {0} is under way")]
     NotMigrating(String),
     /// It is past the point of no return.
-    #[error("the migration of {0} is past the point of no return and can't be cancelled; its result follows")]
+    #[error(
+        "the migration of {0} is past the point of no return and can't be cancelled; its result follows"
+    )]
     TooLate(String),
     /// Not enough memory.
     #[error("{}; {}", .0.message, .0.remedy)]

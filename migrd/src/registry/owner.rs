@@ -25,8 +25,9 @@ use crate::workload::{Manifest, RunState, Terminal, Workload, WorkloadError};
 type Reply<T> = oneshot::Sender<Result<T, RegistryError>>;
 
 /// What is done with a workload while it stands still.
-pub type FrozenWork =
-    Box<dyn for<'a> FnOnce(&'a mut dyn Workload) -> BoxFuture<'a, Result<(), WorkloadError>> + Send>;
+pub type FrozenWork = Box<
+    dyn for<'a> FnOnce(&'a mut dyn Workload) -> BoxFuture<'a, Result<(), WorkloadError>> + Send,
+>;
 
 /// What an owner can be told.
 pub(super) enum Command {
@@ -310,7 +311,13 @@ impl Owner {
             State::Paused => ("paused already", String::new()),
             State::Stopped => ("stopped", format!(" ({})", status.reason)),
             State::Migrating => ("arriving", "; wait for it".to_owned()),
-            State::InDoubt => ("in doubt", format!("; it settles by itself when {} answers, or see `migctl force --help`", status.peer)),
+            State::InDoubt => (
+                "in doubt",
+                format!(
+                    "; it settles by itself when {} answers, or see `migctl force --help`",
+                    status.peer
+                ),
+            ),
             State::Gone => ("gone", format!("; it was moved to {}", status.peer)),
         };
         RegistryError::WrongState { name, state: state.to_owned(), call, hint }
@@ -594,7 +601,9 @@ impl Owner {
 
     fn learn_rate(&self, report: &Report) {
         let largest = report.tally.rounds.iter().max_by_key(|r| r.bytes);
-        if let Some(round) = largest.filter(|r| r.bytes > 1 << 24 && report.outcome == Outcome::Completed) {
+        if let Some(round) =
+            largest.filter(|r| r.bytes > 1 << 24 && report.outcome == Outcome::Completed)
+        {
             let rate = approximate(round.bytes) / round.took.as_secs_f64().max(1e-6);
             let mut rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
             rates.insert(report.destination.clone(), rate);

@@ -136,8 +136,7 @@ impl VmEngine {
         let directory = self.place(id);
         std::fs::create_dir(&directory).map_err(failed("make the VM's directory"))?;
         let program = own_program();
-        let spec =
-            ChildSpec { id, directory: directory.clone(), config, kernel, initrd, program };
+        let spec = ChildSpec { id, directory: directory.clone(), config, kernel, initrd, program };
         match Child::spawn(spec).await {
             Ok(child) => Ok(Arc::new(child)),
             Err(error) => {
@@ -260,7 +259,8 @@ impl Engine for VmEngine {
         }
         let config = decode(manifest)?;
         check_config(&config)?;
-        let expected = streams(config.memory_bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
+        let expected =
+            streams(config.memory_bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
         if manifest.memory_bytes != config.memory_bytes || manifest.streams != expected {
             let text = "what is offered does not fit the VM's own description";
             return Err(WorkloadError::new(text));

@@ -66,11 +66,8 @@ impl VmStreams {
     /// Hashes every stream of `specs`, which takes a while.
     pub(super) fn hash(&self, specs: &[StreamSpec]) -> Result<Vec<StreamHash>, WorkloadError> {
         let hash_one = |spec: &StreamSpec| {
-            let hash = if spec.key == LOG_STREAM {
-                self.log.hash()
-            } else {
-                self.memory.hash(spec.key)
-            };
+            let hash =
+                if spec.key == LOG_STREAM { self.log.hash() } else { self.memory.hash(spec.key) };
             let hash = hash.map_err(failed("hash its memory"))?;
             Ok(StreamHash { key: spec.key, hash })
         };

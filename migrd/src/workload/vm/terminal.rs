@@ -85,7 +85,8 @@ impl Terminal for SerialPort {
 
     async fn input(&self, bytes: &[u8]) -> Result<(), WorkloadError> {
         let child = self.child.upgrade();
-        let child = child.ok_or_else(|| WorkloadError::new("it has ended, so nobody reads that"))?;
+        let child =
+            child.ok_or_else(|| WorkloadError::new("it has ended, so nobody reads that"))?;
         child.console_input(bytes.to_vec()).await.map_err(told("type on its console"))
     }
 

@@ -48,7 +48,8 @@ fn a_partial_line_is_seen_at_once_and_continued() {
     );
     writer.append(&[rest(b"in: ", 7)]);
     let (second, cursor) = reader.read_from(cursor, 100).expect("readable");
-    let continued = Entry { data: b"in: ".into(), line_unix_ns: 7, starts_line: false, dropped: 0, offset: 3 };
+    let continued =
+        Entry { data: b"in: ".into(), line_unix_ns: 7, starts_line: false, dropped: 0, offset: 3 };
     assert_eq!(second, [continued]);
     assert_eq!(reader.read_from(cursor, 100).expect("readable"), (vec![], cursor));
 }
