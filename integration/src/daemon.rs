@@ -162,11 +162,20 @@ impl Daemon {
     /// When it does not end, or not well.
     pub fn terminate(&mut self) -> Result<()> {
         self.signal(Signal::SIGTERM)?;
-        let name = self.name.clone();
-        let status = wait::until(&format!("{name} to end"), || self.exited())?;
-        self.process = None;
-        ensure!(status.success(), "{name} ended with {status}:\n{}", self.log());
+        let status = self.wait_ended()?;
+        ensure!(status.success(), "{} ended with {status}:\n{}", self.name, self.log());
         Ok(())
+    }
+
+    /// Waits for the end of one that was asked to end already.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn wait_ended(&mut self) -> Result<ExitStatus> {
+        let what = format!("{} to end", self.name);
+        let status = wait::until(&what, || self.exited())?;
+        self.process = None;
+        Ok(status)
     }
 
     /// Kills it and starts it again, as users have it.
