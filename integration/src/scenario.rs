@@ -2,8 +2,9 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::daemon::Daemon;
 use crate::host_pair::HostPair;
@@ -73,6 +74,8 @@ impl Pulse {
 pub struct Heartbeat {
     /// When its line began to arrive, in ns since 1970.
     pub at_ns: u64,
+    /// Where its line begins in the guest's whole output, in bytes.
+    pub offset: u64,
     /// The number of the pass.
     pub pass: u64,
     /// Wrong words so far.
@@ -104,28 +107,45 @@ pub struct Summary {
 }
 
 impl Heartbeats {
-    /// Reads the output of `migctl logs --timestamps`.
+    /// Reads the output of `migctl -o json logs`.
     ///
     /// # Errors
     /// When a heartbeat's line is not complete and well-formed. The last line
     /// may be cut off, as it may still be arriving.
     pub fn parse(text: &str) -> Result<Self> {
         let mut all = Self::default();
+        let mut line: Option<Line> = None;
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        for line in whole.lines() {
-            let Some((stamp, line)) = line.split_once(' ') else { continue };
-            if line.starts_with("WRONG") || line.starts_with("TIME BACKWARDS") {
-                all.complaints.push(line.to_owned());
-            }
-            if line.starts_with("pulse error") {
-                bail!("the guest gave up: {line}");
-            }
-            if line.starts_with("pulse pass=") {
-                let beat = heartbeat(stamp, line);
-                all.beats.push(beat.with_context(|| format!("a torn heartbeat: {line:?}"))?);
+        for piece in whole.lines() {
+            let piece: Value = serde_json::from_str(piece).context("a piece of the log")?;
+            let text = piece["text"].as_str().context("a piece without text")?;
+            let number = |name: &str| piece[name].as_u64().with_context(|| format!("no {name}"));
+            let (mut offset, at_ns) = (number("offset")?, number("line_unix_ns")?);
+            for part in text.split_inclusive('\n') {
+                let open = line.get_or_insert_with(|| Line { offset, at_ns, text: String::new() });
+                open.text.push_str(part);
+                offset += part.len() as u64;
+                if part.ends_with('\n')
+                    && let Some(line) = line.take()
+                {
+                    all.take(&line)?;
+                }
             }
         }
         Ok(all)
+    }
+
+    fn take(&mut self, line: &Line) -> Result<()> {
+        let text = line.text.trim_end();
+        if text.starts_with("WRONG") || text.starts_with("TIME BACKWARDS") {
+            self.complaints.push(text.to_owned());
+        }
+        ensure!(!text.starts_with("pulse error"), "the guest gave up: {text}");
+        if text.starts_with("pulse pass=") {
+            let beat = heartbeat(line);
+            self.beats.push(beat.with_context(|| format!("a torn heartbeat: {text:?}"))?);
+        }
+        Ok(())
     }
 
     /// Counts what is missing and what came twice.
@@ -173,26 +193,39 @@ impl Heartbeats {
         self.beats.last().map_or(0, |beat| beat.pass)
     }
 
-    /// The longest time between two heartbeats, in ns, and where it began.
-    /// Only intervals that touch `from_ns..=to_ns` count.
+    /// The time between the last heartbeat before that byte of the log and the
+    /// first one from there on, in ns; none when one of them is missing.
     #[must_use]
-    pub fn longest_interval(&self, from_ns: u64, to_ns: u64) -> (u64, u64) {
+    pub fn gap_at(&self, offset: u64) -> Option<u64> {
         let pairs = self.beats.windows(2);
-        let pairs = pairs.filter(|pair| pair[1].at_ns >= from_ns && pair[0].at_ns <= to_ns);
-        let intervals = pairs.map(|p| (p[1].at_ns.saturating_sub(p[0].at_ns), p[0].at_ns));
-        intervals.max().unwrap_or_default()
+        let mut around = pairs.filter(|p| p[0].offset < offset && p[1].offset >= offset);
+        around.next().map(|pair| pair[1].at_ns.saturating_sub(pair[0].at_ns))
+    }
+
+    /// The longest time between two heartbeats, both of them not before that
+    /// time and before that byte of the log, in ns.
+    #[must_use]
+    pub fn longest_interval(&self, from_ns: u64, offset: u64) -> u64 {
+        let pairs = self.beats.windows(2);
+        let pairs = pairs.filter(|pair| pair[0].at_ns >= from_ns && pair[1].offset < offset);
+        pairs.map(|pair| pair[1].at_ns.saturating_sub(pair[0].at_ns)).max().unwrap_or_default()
     }
 }
 
-fn heartbeat(stamp: &str, line: &str) -> Option<Heartbeat> {
+/// One line of the log.
+struct Line {
+    offset: u64,
+    at_ns: u64,
+    text: String,
+}
+
+fn heartbeat(line: &Line) -> Option<Heartbeat> {
     let field = |name: &str| -> Option<u64> {
-        let mut fields = line.split(' ').filter_map(|field| field.split_once('='));
+        let mut fields = line.text.trim_end().split(' ').filter_map(|f| f.split_once('='));
         fields.find(|(key, _)| *key == name)?.1.parse().ok()
     };
-    let (seconds, nanos) = stamp.split_once('.')?;
-    let at_ns = seconds.parse::<u64>().ok()?.checked_mul(1_000_000_000)?;
-    let at_ns = at_ns.checked_add(nanos.parse().ok()?)?;
-    Some(Heartbeat { at_ns, pass: field("pass")?, errors: field("errors")?, back: field("back")? })
+    let (pass, errors, back) = (field("pass")?, field("errors")?, field("back")?);
+    Some(Heartbeat { at_ns: line.at_ns, offset: line.offset, pass, errors, back })
 }
 
 /// All heartbeats that `host` has in the log of `name`.
@@ -200,7 +233,7 @@ fn heartbeat(stamp: &str, line: &str) -> Option<Heartbeat> {
 /// # Errors
 /// When the log can't be read.
 pub fn heartbeats(host: &Daemon, name: &str) -> Result<Heartbeats> {
-    let log = host.migctl(&["logs", name, "--timestamps"])?.ok()?;
+    let log = host.migctl(&["-o", "json", "logs", name])?.ok()?;
     Heartbeats::parse(&log.stdout)
 }
 
@@ -231,39 +264,58 @@ pub fn expect_alive(host: &Daemon, name: &str, more: u64) -> Result<Summary> {
 mod tests {
     use super::*;
 
-    fn line(stamp: &str, pass: u64, errors: u64) -> String {
-        format!(
-            "{stamp} pulse pass={pass} tsc=1 kvmclock_ns=2 cpus=1 passes={pass} \
-             static_rounds=0 errors={errors} back=0\n"
-        )
+    fn piece(offset: u64, ns: u64, text: &str) -> String {
+        let piece = serde_json::json!(
+            {"offset": offset, "line_unix_ns": ns, "starts_line": true, "text": text});
+        format!("{piece}\n")
+    }
+
+    fn line(ns: u64, pass: u64, errors: u64) -> String {
+        let text = format!(
+            "pulse pass={pass} tsc=1 kvmclock_ns=2 cpus=1 passes={pass} static_rounds=0 \
+             errors={errors} back=0\n"
+        );
+        piece(pass * 1000, ns, &text)
     }
 
     #[test]
-    fn consecutive_heartbeats_are_good_and_their_longest_interval_is_found() {
-        let text = ["1.000000000 pulse ready\n".to_owned(), line("1.100000000", 1, 0)];
-        let text = text.concat() + &line("1.300000000", 2, 0) + &line("1.350000000", 3, 0);
-        let beats = Heartbeats::parse(&text).unwrap();
+    fn consecutive_heartbeats_are_good_and_the_gaps_between_them_are_found() {
+        let text = [piece(0, 90, "pulse ready\n"), line(100, 1, 0), line(300, 2, 0)];
+        let beats = Heartbeats::parse(&(text.concat() + &line(350, 3, 0))).unwrap();
         let good = Summary { first: 1, last: 3, lost: 0, repeated: 0 };
         assert_eq!(beats.check().unwrap(), good);
-        assert_eq!(beats.longest_interval(0, u64::MAX), (200_000_000, 1_100_000_000));
-        assert_eq!(beats.longest_interval(1_320_000_000, u64::MAX).0, 50_000_000);
+        assert_eq!(beats.gap_at(3000), Some(50));
+        assert_eq!(beats.gap_at(1001), Some(200));
+        assert_eq!(beats.gap_at(3001), None);
+        assert_eq!(beats.longest_interval(0, 5000), 200);
+        assert_eq!(beats.longest_interval(0, 2000), 0);
+        assert_eq!(beats.longest_interval(200, 5000), 50);
+    }
+
+    #[test]
+    fn a_line_that_arrives_in_pieces_begins_with_its_first() {
+        let whole = line(100, 1, 0)
+            .replace("errors", "err\"}\n{\"offset\":1030,\"line_unix_ns\":100,\"text\":\"ors");
+        let beats = Heartbeats::parse(&whole).unwrap();
+        assert_eq!((beats.beats[0].offset, beats.last_pass()), (1000, 1));
     }
 
     #[test]
     fn a_line_that_is_still_arriving_is_left_out() {
-        let text = line("1.000000000", 1, 0) + "1.100000000 pulse pass=2 ts";
+        let text = line(100, 1, 0) + &piece(2000, 200, "pulse pass=2 ts");
         assert_eq!(Heartbeats::parse(&text).unwrap().last_pass(), 1);
+        let torn = line(100, 1, 0) + "{\"offset\":2000,";
+        assert_eq!(Heartbeats::parse(&torn).unwrap().last_pass(), 1);
     }
 
     #[test]
     fn a_torn_heartbeat_is_an_error() {
-        let text = "1.000000000 pulse pass=2 tspulse pass=3 tsc=1\n";
-        assert!(Heartbeats::parse(text).is_err());
+        assert!(Heartbeats::parse(&piece(0, 1, "pulse pass=2 tspulse pass=3 tsc=1\n")).is_err());
     }
 
     #[test]
     fn lost_and_repeated_heartbeats_are_counted() {
-        let text: String = [1, 2, 5, 4, 5, 6].map(|pass| line("1.000000000", pass, 0)).concat();
+        let text = [1, 2, 5, 4, 5, 6].map(|pass| line(1, pass, 0)).concat();
         let beats = Heartbeats::parse(&text).unwrap();
         assert_eq!(beats.summary(), Summary { first: 1, last: 6, lost: 2, repeated: 2 });
         assert!(beats.check().is_err());
@@ -271,9 +323,8 @@ mod tests {
 
     #[test]
     fn a_wrong_word_or_a_clock_that_goes_back_is_an_error() {
-        let wrong = Heartbeats::parse(&line("1.000000000", 1, 1)).unwrap();
-        assert!(wrong.check().is_err());
-        let text = line("1.000000000", 1, 0) + "1.100000000 TIME BACKWARDS clock=tsc cpu=0\n";
+        assert!(Heartbeats::parse(&line(1, 1, 1)).unwrap().check().is_err());
+        let text = line(1, 1, 0) + &piece(2000, 2, "TIME BACKWARDS clock=tsc cpu=0\n");
         assert!(Heartbeats::parse(&text).unwrap().check().is_err());
         assert!(Heartbeats::parse("").unwrap().check().is_err());
     }

@@ -91,7 +91,7 @@ fn a_followed_log_goes_on_at_the_new_host() -> Result<()> {
     let pair = HostPair::start()?;
     let pulse = Pulse::small();
     pulse.run(&pair, &pair.a)?;
-    let mut follower = pair.a.start_migctl(&["logs", pulse.name, "--follow", "--timestamps"])?;
+    let mut follower = pair.a.start_migctl(&["-o", "json", "logs", pulse.name, "--follow"])?;
     pair.there(pulse.name, &[])?;
     let moved_at = heartbeats(&pair.b, pulse.name)?.last_pass();
     let followed = wait::until("the followed log to go on", || {
@@ -100,6 +100,27 @@ fn a_followed_log_goes_on_at_the_new_host() -> Result<()> {
     })?;
     ensure!(followed.check()?.first == 1, "the log did not begin at its beginning");
     drop(follower);
+    pair.finish(pulse.name)
+}
+
+#[test]
+fn timestamps_of_the_log_never_go_back_over_a_move() -> Result<()> {
+    let pair = HostPair::start()?;
+    let pulse = Pulse::small();
+    pulse.run(&pair, &pair.a)?;
+    pair.there(pulse.name, &[])?;
+    expect_alive(&pair.b, pulse.name, 3)?;
+    let log = pair.b.migctl(&["logs", pulse.name, "--timestamps"])?.ok()?;
+    let mut last = (0, 0);
+    for line in log.stdout.lines().filter(|line| line.contains("pulse pass=")) {
+        let stamp = line.split(' ').next().and_then(|stamp| stamp.split_once('.'));
+        let (seconds, nanos) = stamp.with_context(|| format!("no time in {line:?}"))?;
+        ensure!(nanos.len() == 9, "not nanoseconds: {line:?}");
+        let stamp: (u64, u32) = (seconds.parse()?, nanos.parse()?);
+        ensure!(stamp >= last, "{stamp:?} follows {last:?}");
+        last = stamp;
+    }
+    ensure!(last.0 > 1_700_000_000, "no heartbeat has a time: {}", log.stdout);
     pair.finish(pulse.name)
 }
 
