@@ -3,10 +3,15 @@
 //! The walk of one `migctl migrate` through this crate is told in
 //! `docs/architecture.md`; the modules below stand in the order of that walk.
 
+pub mod api;
+pub mod checkpoint;
+pub mod config;
 pub mod migration;
 pub mod pages;
 pub mod registry;
+pub mod serve;
 pub mod sys;
 pub mod units;
 pub mod vmm;
+pub mod wire;
 pub mod workload;

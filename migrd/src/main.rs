@@ -1,8 +1,11 @@
 //! `migrd`: the daemon, and the VMM children it starts from its own binary.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use migrd::config::ServeArgs;
+use tracing_subscriber::EnvFilter;
 
 /// Runs virtual machines and moves them to other hosts while they run.
 #[derive(Debug, Parser)]
@@ -14,6 +17,8 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Serve clients and peers until SIGTERM or SIGINT; workloads go on after that.
+    Serve(ServeArgs),
     /// One virtual machine; the daemon starts it.
     #[command(hide = true)]
     VmmChild,
@@ -21,13 +26,43 @@ enum Command {
 
 fn main() -> ExitCode {
     let result: anyhow::Result<()> = match Args::parse().command {
+        Command::Serve(args) => serve(args),
         Command::VmmChild => migrd::vmm::entry::run().map_err(Into::into),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("migrd: {e:#}");
+            eprintln!("migrd: {e}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_env("MIGRD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let shutdown = shutdown()?;
+        migrd::serve::serve(args, shutdown, |address| {
+            // For scripts that let the kernel choose the port.
+            let mut out = std::io::stdout();
+            let _ = writeln!(out, "listening on {address}").and_then(|()| out.flush());
+        })
+        .await?;
+        Ok(())
+    })
+}
+
+/// Resolves at SIGTERM or SIGINT.
+fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
 }

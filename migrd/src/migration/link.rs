@@ -8,10 +8,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use crate::units::{Epoch, HostId, MigrationId, PageRun, WorkloadId};
-use crate::workload::{ChunkSource, Manifest, StreamHash, StreamKey, StreamSpec};
+use crate::workload::{ChunkSource, Manifest, OutOfStream, StreamHash, StreamKey, StreamSpec};
 
 /// A call to the peer failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum LinkError {
     /// No answer: what was asked may have been done or not.
     #[error("lost the connection to {peer}: {cause}")]
@@ -29,6 +29,17 @@ pub enum LinkError {
         /// What the peer said.
         message: String,
     },
+    /// The peer does not keep to the protocol.
+    #[error("{peer} broke the protocol: {message}")]
+    Misbehaved {
+        /// The peer's address.
+        peer: String,
+        /// What it did.
+        message: String,
+    },
+    /// Pages were to be sent that the workload does not have.
+    #[error("cannot read the pages to send")]
+    Source(#[from] OutOfStream),
     /// The peer is something else, or of another protocol version.
     #[error("{peer} is not a migrd this one can talk to: {cause}")]
     Stranger {

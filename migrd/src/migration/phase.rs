@@ -118,7 +118,8 @@ impl MigrationError {
             Self::Link(LinkError::Rejected { peer, .. }) => {
                 format!("see the log of the migrd at {peer}")
             }
-            Self::Link(LinkError::Stranger { peer, .. }) => {
+            Self::Link(LinkError::Source(_)) => "see the log of this migrd".into(),
+            Self::Link(LinkError::Stranger { peer, .. } | LinkError::Misbehaved { peer, .. }) => {
                 format!("check that {peer} is the address of a migrd of a matching version")
             }
             Self::Workload(_) => "see the log of this migrd, and the workload's vmm.log".into(),

@@ -121,8 +121,10 @@ fn unusable(error: &LinkError, address: &str) -> Blocker {
             "peer-unreachable",
             "check the address, that migrd runs there, and that no firewall is in between",
         ),
-        LinkError::Rejected { .. } => ("peer-refused", "see the log of that migrd"),
-        LinkError::Stranger { .. } => {
+        LinkError::Rejected { .. } | LinkError::Source(_) => {
+            ("peer-refused", "see the log of that migrd")
+        }
+        LinkError::Stranger { .. } | LinkError::Misbehaved { .. } => {
             ("not-a-peer", "give the address of a migrd whose version matches, see `migctl hosts`")
         }
     };

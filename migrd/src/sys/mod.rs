@@ -12,3 +12,17 @@ pub mod mapping;
 pub mod memfd;
 pub mod process;
 pub mod vm;
+
+/// The running kernel's release (uname(2)); empty if it does not say.
+#[must_use]
+pub fn kernel_release() -> String {
+    let release = nix::sys::utsname::uname().map(|u| u.release().to_string_lossy().into_owned());
+    release.unwrap_or_default()
+}
+
+/// How many CPUs this process may use.
+#[must_use]
+pub fn cpus() -> u32 {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    u32::try_from(cpus).unwrap_or(u32::MAX)
+}

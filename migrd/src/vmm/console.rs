@@ -16,9 +16,10 @@ const LINE_WAIT: Duration = Duration::from_millis(5);
 /// A line of output, or a part of one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// CLOCK_REALTIME in ns when the line's first byte came; `None` when this
-    /// goes on with a line that was begun before.
-    pub begins_ns: Option<i64>,
+    /// CLOCK_REALTIME in ns when the line's first byte came.
+    pub line_unix_ns: u64,
+    /// Whether it begins the line.
+    pub starts_line: bool,
     /// Its bytes, with the line feed if it ends the line.
     pub bytes: Vec<u8>,
 }
@@ -26,10 +27,10 @@ pub struct Piece {
 /// Takes output down.
 pub trait Log: Send + 'static {
     /// Writes the pieces, in order.
-    ///
-    /// # Errors
-    /// When they could not all be written.
-    fn write(&mut self, pieces: &[Piece]) -> io::Result<()>;
+    fn write(&mut self, pieces: &[Piece]);
+
+    /// Bytes that could not be written so far.
+    fn lost(&self) -> u64;
 }
 
 #[derive(Debug)]
@@ -43,6 +44,10 @@ struct Waiting {
     /// The thread is writing what it has taken.
     writing: bool,
     dropped: u64,
+    /// What the log could not write.
+    lost: u64,
+    /// When the line that is being printed began.
+    line_unix_ns: u64,
 }
 
 #[derive(Debug)]
@@ -62,9 +67,9 @@ impl Shared {
 #[derive(Clone, Debug)]
 pub struct ConsoleSink(Arc<Shared>);
 
-fn now_ns() -> i64 {
+fn now_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl ConsoleSink {
@@ -76,8 +81,11 @@ impl ConsoleSink {
         }
         let begins = waiting.at_line_start;
         if begins || waiting.pieces.is_empty() {
-            let begins_ns = begins.then(now_ns);
-            waiting.pieces.push(Piece { begins_ns, bytes: Vec::new() });
+            if begins {
+                waiting.line_unix_ns = now_ns();
+            }
+            let line_unix_ns = waiting.line_unix_ns;
+            waiting.pieces.push(Piece { line_unix_ns, starts_line: begins, bytes: Vec::new() });
         }
         let first = waiting.bytes == 0;
         if let Some(piece) = waiting.pieces.last_mut() {
@@ -118,6 +126,8 @@ impl Default for Console {
             urgent: false,
             writing: false,
             dropped: 0,
+            lost: 0,
+            line_unix_ns: 0,
         };
         Self(Arc::new(Shared {
             waiting: Mutex::new(waiting),
@@ -137,7 +147,8 @@ impl Console {
     /// Bytes lost because the log did not take them.
     #[must_use]
     pub fn dropped(&self) -> u64 {
-        self.0.lock().dropped
+        let waiting = self.0.lock();
+        waiting.dropped + waiting.lost
     }
 
     /// Returns when everything put in so far was written, or lost.
@@ -154,12 +165,10 @@ impl Console {
     pub fn drain(&self, log: &mut impl Log) {
         loop {
             let pieces = self.take();
-            let failed = log.write(&pieces).is_err();
+            log.write(&pieces);
             let mut waiting = self.0.lock();
             waiting.writing = false;
-            if failed {
-                waiting.dropped += pieces.iter().map(|p| p.bytes.len() as u64).sum::<u64>();
-            }
+            waiting.lost = log.lost();
             drop(waiting);
             self.0.written.notify_all();
         }

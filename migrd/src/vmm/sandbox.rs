@@ -75,6 +75,7 @@ const CONTROL: &[i64] = &[
 
 /// The console thread appends to the log.
 const CONSOLE: &[i64] = &[
+    libc::SYS_close,
     libc::SYS_fallocate,
     libc::SYS_fdatasync,
     libc::SYS_fstat,

@@ -274,6 +274,10 @@ impl Terminal for Silent {
         Ok(Vec::new())
     }
 
+    fn end(&self) -> u64 {
+        0
+    }
+
     async fn more_than(&self, _: u64) {
         std::future::pending().await
     }

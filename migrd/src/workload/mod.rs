@@ -58,7 +58,7 @@ impl WorkloadError {
 }
 
 /// An access outside a stream, or to a stream that does not exist.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
 #[error("stream {} has no bytes {offset}..{offset}+{length}", key.0)]
 pub struct OutOfStream {
     /// The stream.
@@ -128,6 +128,9 @@ pub trait Terminal: Send + Sync {
     /// Output from the logical byte offset `from` on, at most about `max` bytes.
     /// Older output than is kept is left out.
     fn read(&self, from: u64, max: usize) -> Result<Vec<Output>, WorkloadError>;
+
+    /// Where its output ends now, in bytes.
+    fn end(&self) -> u64;
 
     /// Resolves when there may be more output than when `seen` was its end.
     async fn more_than(&self, seen: u64);

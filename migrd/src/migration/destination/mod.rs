@@ -142,6 +142,12 @@ impl Arrivals {
         Self { shared: Arc::new(Shared { host, journal, gate, patience, open, abort }) }
     }
 
+    /// How long a reservation lives without traffic.
+    #[must_use]
+    pub fn reservation(&self) -> Duration {
+        self.shared.patience.idle
+    }
+
     /// Checks an offer and, unless it is a dry run, makes room for it. An empty
     /// answer is a yes.
     pub async fn offer(&self, offer: Offer, from: Counterpart) -> Vec<Blocker> {

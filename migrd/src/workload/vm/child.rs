@@ -166,8 +166,8 @@ pub fn own_program() -> PathBuf {
 pub struct SerialOutput {
     /// Where it is.
     pub path: PathBuf,
-    /// Its length in bytes, as of the last write.
-    pub length: watch::Receiver<u64>,
+    /// Changes after each write to it.
+    pub written: watch::Receiver<u64>,
 }
 
 /// A child, connected.
@@ -257,8 +257,9 @@ impl Child {
         let extents = memory::extents(config.memory_bytes)?;
         let mapping = GuestMapping::new(memory.into(), extents);
         let mapping = Arc::new(mapping.map_err(system("map the guest's memory"))?);
-        let length = watch_bell(log.into(), bell).map_err(system("watch the serial log"))?;
-        let log = SerialOutput { path: directory.join(SERIAL_LOG), length };
+        drop(log);
+        let written = watch_bell(bell).map_err(system("watch the serial log"))?;
+        let log = SerialOutput { path: directory.join(SERIAL_LOG), written };
         let directory = directory.to_owned();
         Ok(Parts { link, config, mapping, log, states: watched, reader, directory })
     }
@@ -485,12 +486,12 @@ fn start(spec: ChildSpec) -> Result<std::process::Child, ChildError> {
     let name = std::ffi::CString::new(format!("migr-{id}")).unwrap_or_default();
     let ram = memfd::create(&name, bytes).map_err(system(format!("reserve {bytes} bytes")))?;
     let listener = control_socket(&directory.join(SOCKET)).map_err(system("make its socket"))?;
-    let open = |name: &str| {
-        let file =
-            OpenOptions::new().create(true).append(true).read(true).open(directory.join(name));
-        file.map_err(system(format!("open {name} in the VM's directory")))
+    let open = |name: &str, append: bool| {
+        let mut how = OpenOptions::new();
+        how.create(true).read(true).write(true).append(append);
+        how.open(directory.join(name)).map_err(system(format!("open {name} in the VM's directory")))
     };
-    let (log, messages) = (open(SERIAL_LOG)?, open(VMM_LOG)?);
+    let (log, messages) = (open(SERIAL_LOG, false)?, open(VMM_LOG, true)?);
     let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
     let bell = bell.map_err(|e| system("create an eventfd")(e.into()))?;
     let mut inherited: Vec<(OwnedFd, _)> = vec![
@@ -570,23 +571,22 @@ async fn ended(process: &PidFd) -> Option<std::process::ExitStatus> {
     process.reap()
 }
 
-/// Keeps up with the length of the log, from now on.
-fn watch_bell(log: File, bell: OwnedFd) -> io::Result<watch::Receiver<u64>> {
+/// Counts how often the bell was rung, from now on.
+fn watch_bell(bell: OwnedFd) -> io::Result<watch::Receiver<u64>> {
     let rung = fds::readable(bell.try_clone()?)?;
     let mut bell = File::from(bell);
-    let (length, watched) = watch::channel(log.metadata()?.len());
+    let (written, watched) = watch::channel(0_u64);
     tokio::spawn(async move {
         while let Ok(mut ready) = tokio::select! {
             ready = rung.readable() => ready,
-            () = length.closed() => return,
+            () = written.closed() => return,
         } {
             use std::io::Read;
             let mut count = [0; 8];
-            // Whether or not it rang in between, the length is what counts.
-            let _ = bell.read(&mut count);
+            let read = bell.read(&mut count);
             ready.clear_ready();
-            if let Ok(metadata) = log.metadata() {
-                length.send_replace(metadata.len());
+            if read.is_ok() {
+                written.send_modify(|n| *n = n.wrapping_add(u64::from_ne_bytes(count)));
             }
         }
     });

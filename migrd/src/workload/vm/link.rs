@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use migr_proto::v1::{self as proto, child_message, child_reply, child_request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::child::{ChildError, ChildState};
 use crate::vmm::frame;
@@ -19,7 +19,9 @@ type Waiting = HashMap<u64, oneshot::Sender<child_reply::Reply>>;
 /// A connection to a child.
 #[derive(Debug)]
 pub struct Link {
-    socket: tokio::sync::Mutex<OwnedWriteHalf>,
+    /// Whole frames, for the task that writes them: a caller who gives up must
+    /// not leave half of one behind.
+    frames: mpsc::UnboundedSender<Vec<u8>>,
     /// `None` once the connection is gone.
     waiting: Mutex<Option<Waiting>>,
     next: AtomicU64,
@@ -28,9 +30,17 @@ pub struct Link {
 
 impl Link {
     /// Speaks through `socket`; what comes is for [`Self::listen`] to hear.
-    pub fn new(socket: OwnedWriteHalf, states: watch::Sender<ChildState>) -> Arc<Self> {
+    pub fn new(mut socket: OwnedWriteHalf, states: watch::Sender<ChildState>) -> Arc<Self> {
+        let (frames, mut queued) = mpsc::unbounded_channel::<Vec<u8>>();
+        tokio::spawn(async move {
+            while let Some(frame) = queued.recv().await {
+                if socket.write_all(&frame).await.is_err() {
+                    return;
+                }
+            }
+        });
         Arc::new(Self {
-            socket: tokio::sync::Mutex::new(socket),
+            frames,
             waiting: Mutex::new(Some(HashMap::new())),
             next: AtomicU64::new(1),
             states,
@@ -71,12 +81,7 @@ impl Link {
             Some(waiting) => waiting.insert(id, answer),
             None => return Err(self.dead()),
         };
-        // One frame at a time, and a caller who gives up must not leave half of
-        // one: so the write is a task of its own where it cannot be done at once.
-        let mut socket = self.socket.lock().await;
-        let sent = socket.write_all(&bytes).await;
-        drop(socket);
-        if sent.is_err() {
+        if self.frames.send(bytes).is_err() {
             return Err(self.dead());
         }
         match answered.await {

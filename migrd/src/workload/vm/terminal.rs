@@ -29,7 +29,7 @@ impl SerialPort {
         let file = File::open(&log.path).map_err(failed("open the serial log"))?;
         let reader = Reader::open(file).map_err(failed("read the serial log"))?;
         let child = Arc::downgrade(child);
-        Ok(Self { reader: Some(Mutex::new(reader)), written: log.length, child })
+        Ok(Self { reader: Some(Mutex::new(reader)), written: log.written, child })
     }
 
     /// Of a VM whose child is gone: what it left behind.
@@ -68,6 +68,10 @@ impl Terminal for SerialPort {
                 starts_line: entry.starts_line,
             })
             .collect())
+    }
+
+    fn end(&self) -> u64 {
+        self.output_so_far()
     }
 
     async fn more_than(&self, seen: u64) {

@@ -1,0 +1,417 @@
+//! What an operator's client asks for.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use migr_proto::v1 as proto;
+use migr_proto::v1::control_server::Control;
+use prost::Message;
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::output::{Chunks, Events, events, tail};
+use super::status::{Refusal, invalid};
+use super::{convert, status};
+use crate::checkpoint;
+use crate::migration::destination::Arrivals;
+use crate::migration::journal::Identity;
+use crate::migration::link::Peer;
+use crate::migration::phase::Mode;
+use crate::migration::source;
+use crate::registry::{Registry, State};
+use crate::units::{HostId, WorkloadId, unix_ms};
+use crate::wire::Peers;
+use crate::workload::vm::{NewVm, VmEngine, streams};
+use crate::workload::{Kind, Manifest};
+
+/// The longest stop that is planned for unless the user says otherwise.
+const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
+/// The longest command line of a guest that is taken, in bytes.
+const MAX_CMDLINE: usize = 64 << 10;
+
+/// The control service of this host.
+pub struct ControlService {
+    registry: Registry,
+    arrivals: Arrivals,
+    vms: VmEngine,
+    peers: Peers,
+}
+
+impl ControlService {
+    /// Serves what `registry` has.
+    #[must_use]
+    pub fn new(registry: Registry, arrivals: Arrivals, vms: VmEngine, peers: Peers) -> Self {
+        Self { registry, arrivals, vms, peers }
+    }
+
+    fn refused(&self, error: &crate::registry::RegistryError) -> Status {
+        status::registry(self.registry.here(), error)
+    }
+
+    fn here(&self) -> &str {
+        self.registry.here()
+    }
+
+    fn workload(
+        &self,
+        done: Result<crate::registry::Status, crate::registry::RegistryError>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        let status = done.map_err(|e| self.refused(&e))?;
+        Ok(Response::new(convert::workload(&status)))
+    }
+
+    /// Where to and how, as the user said; checked for form only.
+    fn order(
+        &self,
+        request: &proto::MigrateRequest,
+    ) -> Result<(Arc<dyn Peer>, source::Request), Status> {
+        let peer = self.peers.get(&request.to).map_err(|e| {
+            Refusal {
+                code: Code::InvalidArgument,
+                reason: "BAD_ADDRESS",
+                message: format!("{:?} is not the address of a daemon: {e}", request.to),
+                host: self.here(),
+                remedy: "give --to as ADDR:PORT",
+            }
+            .status()
+        })?;
+        let mode = match request.mode() {
+            proto::MigrationMode::Unspecified | proto::MigrationMode::Precopy => Mode::Precopy,
+            proto::MigrationMode::Stop => Mode::Stop,
+            proto::MigrationMode::Postcopy | proto::MigrationMode::Hybrid => {
+                return Err(Refusal {
+                    code: Code::Unimplemented,
+                    reason: "MODE_UNSUPPORTED",
+                    message: "this version moves memory before the hand-over only".into(),
+                    host: self.here(),
+                    remedy: "use --mode precopy or --mode stop",
+                }
+                .status());
+            }
+        };
+        let max_downtime = match request.max_downtime_us {
+            0 => DEFAULT_MAX_DOWNTIME,
+            us => Duration::from_micros(us.into()),
+        };
+        let timeout = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms));
+        let verify = request.verify;
+        Ok((peer, source::Request { mode, max_downtime, timeout, verify }))
+    }
+
+    fn absolute(&self, what: &str, path: &str) -> Result<PathBuf, Status> {
+        if path.is_empty() || !Path::new(path).is_absolute() {
+            let text = format!("{what} {path:?} is not an absolute path on the daemon's host");
+            return Err(invalid(self.here(), text));
+        }
+        Ok(PathBuf::from(path))
+    }
+
+    fn new_vm(&self, request: &proto::RunRequest) -> Result<NewVm, Status> {
+        if request.cmdline.len() > MAX_CMDLINE || request.cmdline.contains('\0') {
+            let text = format!("the command line is longer than {MAX_CMDLINE} bytes or has a NUL");
+            return Err(invalid(self.here(), text));
+        }
+        let initrd = match request.initrd.as_str() {
+            "" => None,
+            path => Some(self.absolute("initrd", path)?),
+        };
+        let vm = NewVm {
+            kernel: self.absolute("kernel", &request.kernel)?,
+            initrd,
+            cmdline: request.cmdline.clone(),
+            memory_bytes: request.memory_bytes,
+            cpus: request.cpus,
+        };
+        vm.check().map_err(|e| invalid(self.here(), e.to_string()))?;
+        Ok(vm)
+    }
+
+    async fn host_itself(&self) -> Result<proto::HostReply, Status> {
+        let (total, free, reserved) = self.registry.memory();
+        let problem = VmEngine::problem();
+        Ok(proto::HostReply {
+            host_id: self.registry.host_id().to_string(),
+            address: self.here().to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: crate::wire::PROTOCOL,
+            kernel: crate::sys::kernel_release(),
+            cpus: crate::sys::cpus(),
+            memory_total_bytes: total,
+            memory_free_bytes: free,
+            memory_reserved_bytes: reserved,
+            kvm: problem.is_none(),
+            kvm_problem: problem.unwrap_or_default(),
+            workloads: u32::try_from(self.registry.count()).unwrap_or(u32::MAX),
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    type LogsStream = Chunks;
+    type ConsoleStream = Chunks;
+    type MigrateStream = Events;
+    type WatchStream = Events;
+
+    async fn run(
+        &self,
+        request: Request<proto::RunRequest>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        let request = request.into_inner();
+        let new = self.new_vm(&request)?;
+        let id = WorkloadId::random();
+        let streams = streams(new.memory_bytes);
+        let manifest = Manifest {
+            workload: id,
+            name: request.name.clone(),
+            kind: Kind::Vm,
+            streams: streams.map_err(|e| invalid(self.here(), e.to_string()))?,
+            config: new.config().encode_to_vec(),
+            memory_bytes: new.memory_bytes,
+            cpus: new.cpus,
+            paused: false,
+            created_unix_ms: unix_ms(),
+        };
+        let claim = self.registry.claim_new(&manifest).map_err(|e| self.refused(&e))?;
+        let vm = self.vms.create(id, &new).await;
+        let vm = vm.map_err(|e| status::workload(self.here(), &e))?;
+        let identity: Identity = crate::migration::destination::identity(&manifest);
+        let created = self.registry.create(identity, vm).await;
+        drop(claim);
+        self.workload(created)
+    }
+
+    async fn list(
+        &self,
+        request: Request<proto::ListRequest>,
+    ) -> Result<Response<proto::ListReply>, Status> {
+        let all = request.into_inner().include_gone;
+        let shown = self.registry.list().into_iter().filter(|s| all || s.state != State::Gone);
+        let workloads = shown.map(|s| convert::workload(&s)).collect();
+        Ok(Response::new(proto::ListReply { workloads }))
+    }
+
+    async fn inspect(
+        &self,
+        request: Request<proto::WorkloadName>,
+    ) -> Result<Response<proto::InspectReply>, Status> {
+        let name = request.into_inner().name;
+        let status = self.registry.find(&name).map_err(|e| self.refused(&e))?;
+        // An arrival has no owner yet, so nothing more is known of it.
+        let footprint = self.registry.footprint(&name).await.unwrap_or_default();
+        let last = self.registry.last_report(&name).unwrap_or_default();
+        let config = proto::VmConfig::decode(status.identity.config.as_slice()).unwrap_or_default();
+        Ok(Response::new(proto::InspectReply {
+            workload: Some(convert::workload(&status)),
+            kernel: config.kernel,
+            initrd: config.initrd,
+            cmdline: config.cmdline,
+            vmm_pid: footprint.pid,
+            memory_populated_bytes: footprint.populated_bytes,
+            vmm_overhead_bytes: footprint.overhead_bytes,
+            log_bytes: footprint.log_bytes,
+            log_dropped_bytes: footprint.log_dropped_bytes,
+            last_migration: last.map(|report| convert::report(&report, status.identity.kind)),
+        }))
+    }
+
+    async fn logs(
+        &self,
+        request: Request<proto::LogsRequest>,
+    ) -> Result<Response<Self::LogsStream>, Status> {
+        let proto::LogsRequest { name, follow, from_offset } = request.into_inner();
+        let (chunks, _) = tail(&self.registry, &name, Some(from_offset), follow)?;
+        Ok(Response::new(chunks))
+    }
+
+    async fn console(
+        &self,
+        request: Request<Streaming<proto::ConsoleInput>>,
+    ) -> Result<Response<Self::ConsoleStream>, Status> {
+        let mut input = request.into_inner();
+        let first = input.message().await?;
+        let first = first.ok_or_else(|| invalid(self.here(), "the first message names nothing"))?;
+        let (chunks, terminal) = tail(&self.registry, &first.name, first.from_offset, true)?;
+        let name = first.name.clone();
+        tokio::spawn(async move {
+            let mut next = Some(first.data);
+            while let (Some(data), Some(terminal)) = (next, &terminal) {
+                if !data.is_empty()
+                    && let Err(error) = terminal.input(&data).await
+                {
+                    tracing::info!(workload = name, %error, "input to the console was dropped");
+                }
+                next = match input.message().await {
+                    Ok(message) => message.map(|m| m.data),
+                    Err(_) => None,
+                };
+            }
+        });
+        Ok(Response::new(chunks))
+    }
+
+    async fn plan_migration(
+        &self,
+        request: Request<proto::MigrateRequest>,
+    ) -> Result<Response<proto::MigrationPlan>, Status> {
+        let request = request.into_inner();
+        let (peer, order) = self.order(&request)?;
+        let plan = self.registry.plan(&request.name, peer, order).await;
+        let plan = plan.map_err(|e| self.refused(&e))?;
+        let status = self.registry.find(&request.name).map_err(|e| self.refused(&e))?;
+        let footprint = self.registry.footprint(&request.name).await.unwrap_or_default();
+        Ok(Response::new(convert::plan(&convert::Planned {
+            status: &status,
+            plan: &plan,
+            mode: convert::mode(order.mode),
+            here: self.here(),
+            to: &request.to,
+            populated_bytes: footprint.populated_bytes,
+            max_downtime: order.max_downtime,
+        })))
+    }
+
+    async fn migrate(
+        &self,
+        request: Request<proto::MigrateRequest>,
+    ) -> Result<Response<Self::MigrateStream>, Status> {
+        let request = request.into_inner();
+        let (peer, order) = self.order(&request)?;
+        let watching = self.registry.migrate(&request.name, peer, order).await;
+        let watching = watching.map_err(|e| self.refused(&e))?;
+        Ok(Response::new(events(watching, request.name, Kind::Vm)))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<proto::WorkloadName>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let name = request.into_inner().name;
+        let watching = self.registry.watching(&name).map_err(|e| self.refused(&e))?;
+        Ok(Response::new(events(watching, name, Kind::Vm)))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<proto::WorkloadName>,
+    ) -> Result<Response<proto::CancelReply>, Status> {
+        let cancelled = self.registry.cancel(&request.into_inner().name).await;
+        let id = cancelled.map_err(|e| self.refused(&e))?;
+        Ok(Response::new(proto::CancelReply { migration_id: id.to_string() }))
+    }
+
+    async fn pause(
+        &self,
+        request: Request<proto::WorkloadName>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        self.workload(self.registry.pause(&request.into_inner().name).await)
+    }
+
+    async fn resume(
+        &self,
+        request: Request<proto::WorkloadName>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        self.workload(self.registry.resume(&request.into_inner().name).await)
+    }
+
+    async fn stop(
+        &self,
+        request: Request<proto::StopRequest>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        self.workload(self.registry.stop(&request.into_inner().name).await)
+    }
+
+    async fn remove(
+        &self,
+        request: Request<proto::WorkloadName>,
+    ) -> Result<Response<proto::RemoveReply>, Status> {
+        let removed = self.registry.remove(&request.into_inner().name).await;
+        removed.map_err(|e| self.refused(&e))?;
+        Ok(Response::new(proto::RemoveReply {}))
+    }
+
+    async fn checkpoint(
+        &self,
+        request: Request<proto::CheckpointRequest>,
+    ) -> Result<Response<proto::CheckpointReply>, Status> {
+        let request = request.into_inner();
+        let directory = self.absolute("directory", &request.directory)?;
+        let written = checkpoint::write(&self.registry, &request.name, &directory).await;
+        let written = written.map_err(|e| status::checkpoint(self.here(), &e))?;
+        Ok(Response::new(proto::CheckpointReply {
+            bytes_written: written.bytes,
+            pages_written: written.pages,
+            paused_ms: convert::ms(written.paused),
+        }))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<proto::RestoreRequest>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        let request = request.into_inner();
+        let directory = self.absolute("directory", &request.directory)?;
+        let name = (!request.name.is_empty()).then_some(request.name);
+        let restored = checkpoint::restore(&self.registry, &directory, name).await;
+        let status = restored.map_err(|e| status::checkpoint(self.here(), &e))?;
+        Ok(Response::new(convert::workload(&status)))
+    }
+
+    async fn force(
+        &self,
+        request: Request<proto::ForceRequest>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        let request = request.into_inner();
+        let run_here = match request.action() {
+            proto::ForceAction::RunHere => true,
+            proto::ForceAction::GiveUp => false,
+            proto::ForceAction::Unspecified => {
+                return Err(invalid(self.here(), "say what to do: run it here, or give it up"));
+            }
+        };
+        if let Some(migration) = self.registry.arriving(&request.name) {
+            let before = self.registry.find(&request.name).map_err(|e| self.refused(&e))?;
+            let forced = self.arrivals.force(migration, run_here).await;
+            forced.map_err(|e| status::arrival(self.here(), &e))?;
+            let after = self.registry.find(&request.name).unwrap_or(before);
+            return Ok(Response::new(convert::workload(&after)));
+        }
+        self.workload(self.registry.force(&request.name, run_here).await)
+    }
+
+    async fn host(
+        &self,
+        request: Request<proto::HostRequest>,
+    ) -> Result<Response<proto::HostReply>, Status> {
+        let peer = request.into_inner().peer;
+        if peer.is_empty() {
+            return self.host_itself().await.map(Response::new);
+        }
+        let asked = self.peers.identify_whole(&peer, self.registry.host_id()).await;
+        let found = asked.map_err(|e| {
+            Refusal {
+                code: Code::FailedPrecondition,
+                reason: "PEER",
+                message: e.to_string(),
+                host: &peer,
+                remedy: "check the address, and that migrd runs there",
+            }
+            .status()
+        })?;
+        let _: HostId = found.host_id.parse().map_err(|_| invalid(&peer, "it has no host id"))?;
+        Ok(Response::new(proto::HostReply {
+            host_id: found.host_id,
+            address: peer,
+            version: found.version,
+            protocol: found.protocol,
+            kernel: found.kernel,
+            cpus: found.cpus,
+            memory_total_bytes: found.memory_total_bytes,
+            memory_free_bytes: found.memory_free_bytes,
+            memory_reserved_bytes: found.memory_reserved_bytes,
+            kvm: found.kvm,
+            kvm_problem: found.kvm_problem,
+            workloads: found.workloads,
+        }))
+    }
+}

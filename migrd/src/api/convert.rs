@@ -1,0 +1,276 @@
+//! Between the protocol's messages and our own types, field by field.
+
+use std::time::Duration;
+
+use migr_proto::v1 as proto;
+
+use crate::migration::link::Blocker;
+use crate::migration::phase::{Breakdown, Mode, Outcome, Phase, Progress, Report};
+use crate::migration::plan::Plan;
+use crate::registry::{State, Status};
+use crate::units::WorkloadId;
+use crate::workload::{Kind, Manifest, StreamKey, StreamSpec};
+
+pub(super) fn kind(kind: Kind) -> proto::WorkloadKind {
+    match kind {
+        Kind::Vm => proto::WorkloadKind::Vm,
+    }
+}
+
+fn state(state: State) -> proto::WorkloadState {
+    match state {
+        State::Running => proto::WorkloadState::Running,
+        State::Paused => proto::WorkloadState::Paused,
+        State::Stopped => proto::WorkloadState::Stopped,
+        State::Migrating => proto::WorkloadState::Migrating,
+        State::InDoubt => proto::WorkloadState::InDoubt,
+        State::Gone => proto::WorkloadState::Gone,
+    }
+}
+
+pub(super) fn workload(status: &Status) -> proto::Workload {
+    let Status { identity, epoch, state: now, reason, peer, migration } = status;
+    proto::Workload {
+        id: identity.id.to_string(),
+        name: identity.name.clone(),
+        kind: kind(identity.kind).into(),
+        state: state(*now).into(),
+        epoch: epoch.0,
+        memory_bytes: identity.memory_bytes,
+        cpus: identity.cpus,
+        reason: reason.clone(),
+        moved_to: peer.clone(),
+        migration_id: migration.map_or_else(String::new, |m| m.to_string()),
+        created_unix_ms: identity.created_unix_ms,
+    }
+}
+
+pub(super) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// A rate in whole bytes a second.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn whole(rate: f64) -> u64 {
+    // `as` saturates, and a rate is never negative.
+    rate as u64
+}
+
+pub(super) fn phase(phase: Phase) -> proto::MigrationPhase {
+    match phase {
+        Phase::Planning => proto::MigrationPhase::Planning,
+        Phase::Offered => proto::MigrationPhase::Offered,
+        Phase::Precopy => proto::MigrationPhase::Precopy,
+        Phase::Stopped => proto::MigrationPhase::Stopped,
+        Phase::Sealed => proto::MigrationPhase::Sealed,
+        Phase::Released => proto::MigrationPhase::Released,
+        Phase::Running => proto::MigrationPhase::Running,
+    }
+}
+
+pub(super) fn mode(mode: Mode) -> proto::MigrationMode {
+    match mode {
+        Mode::Precopy => proto::MigrationMode::Precopy,
+        Mode::Stop => proto::MigrationMode::Stop,
+    }
+}
+
+pub(super) fn progress(
+    id: &str,
+    workload: &str,
+    progress: &Progress,
+    elapsed: Duration,
+) -> proto::MigrationProgress {
+    let Progress { phase: now, round, sent, remaining, rate, dirty_rate, predicted } = *progress;
+    proto::MigrationProgress {
+        migration_id: id.to_owned(),
+        workload: workload.to_owned(),
+        phase: phase(now).into(),
+        round,
+        bytes_sent: sent,
+        bytes_remaining: remaining,
+        bytes_total: sent + remaining,
+        rate_bytes_per_s: whole(rate),
+        dirty_rate_bytes_per_s: whole(dirty_rate),
+        predicted_downtime_ms: ms(predicted),
+        elapsed_ms: ms(elapsed),
+    }
+}
+
+pub(super) fn blocker(blocker: &Blocker, here: &str) -> proto::Blocker {
+    let Blocker { code, message, remedy, host } = blocker;
+    let host = if host.is_empty() { here } else { host };
+    proto::Blocker {
+        code: code.clone(),
+        message: message.clone(),
+        remedy: remedy.clone(),
+        host: host.to_owned(),
+    }
+}
+
+fn breakdown(parts: &Breakdown) -> proto::DowntimeBreakdown {
+    let Breakdown { pause, memory, state, verify, restore, resume } = *parts;
+    proto::DowntimeBreakdown {
+        pause_ms: ms(pause),
+        memory_ms: ms(memory),
+        state_ms: ms(state),
+        verify_ms: ms(verify),
+        restore_ms: ms(restore),
+        resume_ms: ms(resume),
+    }
+}
+
+fn outcome(outcome: Outcome) -> proto::MigrationOutcome {
+    match outcome {
+        Outcome::Completed => proto::MigrationOutcome::Completed,
+        Outcome::Cancelled => proto::MigrationOutcome::Cancelled,
+        Outcome::Failed => proto::MigrationOutcome::Failed,
+        Outcome::InDoubt => proto::MigrationOutcome::InDoubt,
+    }
+}
+
+pub(super) fn report(report: &Report, workload_kind: Kind) -> proto::MigrationResult {
+    let tally = &report.tally;
+    let rounds = tally.rounds.iter().map(|round| proto::MigrationRound {
+        pages: round.pages,
+        bytes: round.bytes,
+        ms: ms(round.took),
+        dirty_after: round.dirty_after,
+    });
+    let failure = report.failure.as_ref().map(|failure| proto::MigrationFailure {
+        message: failure.message.clone(),
+        host: failure.host.clone(),
+        phase: phase(failure.phase).into(),
+        remedy: failure.remedy.clone(),
+    });
+    // Only a workload that moved stood still for as long as the parts say.
+    let moved = report.outcome == Outcome::Completed;
+    proto::MigrationResult {
+        migration_id: report.migration.to_string(),
+        workload: report.workload.clone(),
+        kind: kind(workload_kind).into(),
+        mode: mode(report.mode).into(),
+        outcome: outcome(report.outcome).into(),
+        source: report.source.clone(),
+        destination: report.destination.clone(),
+        epoch: report.epoch.0,
+        total_ms: ms(report.total),
+        downtime_ms: if moved { ms(tally.downtime.total()) } else { 0.0 },
+        downtime_breakdown: moved.then(|| breakdown(&tally.downtime)),
+        predicted_downtime_ms: ms(tally.predicted),
+        rounds: rounds.collect(),
+        pages_sent: tally.lanes.data_pages,
+        pages_zero: tally.lanes.zero_pages,
+        pages_skipped: tally.skipped,
+        bytes_on_wire: tally.lanes.bytes_on_wire,
+        verified: tally.verified,
+        failure,
+        blockers: report.blockers.iter().map(|b| blocker(b, &report.destination)).collect(),
+    }
+}
+
+/// What a plan says, for the user that asked for it.
+pub(super) struct Planned<'a> {
+    pub status: &'a Status,
+    pub plan: &'a Plan,
+    pub mode: proto::MigrationMode,
+    pub here: &'a str,
+    pub to: &'a str,
+    pub populated_bytes: u64,
+    pub max_downtime: Duration,
+}
+
+pub(super) fn plan(planned: &Planned<'_>) -> proto::MigrationPlan {
+    let Planned { status, plan, mode, here, to, populated_bytes, max_downtime } = planned;
+    let peer = plan.peer.as_ref();
+    proto::MigrationPlan {
+        workload: status.identity.name.clone(),
+        kind: kind(status.identity.kind).into(),
+        mode: (*mode).into(),
+        source: (*here).to_owned(),
+        destination: (*to).to_owned(),
+        blockers: plan.blockers.iter().map(|b| blocker(b, to)).collect(),
+        memory_bytes: status.identity.memory_bytes,
+        populated_bytes: *populated_bytes,
+        destination_free_bytes: peer.map_or(0, |p| p.memory_free_bytes),
+        measured_rate_bytes_per_s: whole(plan.rate),
+        predicted_total_ms: plan.total.map_or(0.0, ms),
+        predicted_downtime_ms: plan.downtime.map_or(0.0, ms),
+        max_downtime_us: u64::try_from(max_downtime.as_micros()).unwrap_or(u64::MAX),
+        destination_version: peer.map_or_else(String::new, |p| p.version.clone()),
+    }
+}
+
+/// A manifest for the wire.
+#[must_use]
+pub fn manifest_to_wire(manifest: &Manifest) -> proto::Manifest {
+    let Manifest {
+        workload,
+        name,
+        kind,
+        streams,
+        config,
+        memory_bytes,
+        cpus,
+        paused,
+        created_unix_ms,
+    } = manifest;
+    let spec = |spec: &StreamSpec| proto::StreamSpec {
+        key: spec.key.0,
+        name: spec.name.clone(),
+        length: spec.length,
+    };
+    proto::Manifest {
+        workload_id: workload.to_string(),
+        name: name.clone(),
+        kind: match kind {
+            Kind::Vm => "vm".into(),
+        },
+        streams: streams.iter().map(spec).collect(),
+        config: config.clone().into(),
+        memory_bytes: *memory_bytes,
+        cpus: *cpus,
+        paused: *paused,
+        created_unix_ms: *created_unix_ms,
+    }
+}
+
+/// A manifest from the wire: only its form is checked here.
+///
+/// # Errors
+/// What is not of the form, in words.
+pub fn manifest_from_wire(manifest: proto::Manifest) -> Result<Manifest, String> {
+    let proto::Manifest {
+        workload_id,
+        name,
+        kind,
+        streams,
+        config,
+        memory_bytes,
+        cpus,
+        paused,
+        created_unix_ms,
+    } = manifest;
+    let workload: WorkloadId =
+        workload_id.parse().map_err(|e: crate::units::NotAUuid| e.to_string())?;
+    let kind = match kind.as_str() {
+        "vm" => Kind::Vm,
+        _ => return Err("the manifest is of a kind that this migrd does not know".into()),
+    };
+    let spec = |spec: proto::StreamSpec| StreamSpec {
+        key: StreamKey(spec.key),
+        name: spec.name,
+        length: spec.length,
+    };
+    Ok(Manifest {
+        workload,
+        name,
+        kind,
+        streams: streams.into_iter().map(spec).collect(),
+        config: config.to_vec(),
+        memory_bytes,
+        cpus,
+        paused,
+        created_unix_ms,
+    })
+}

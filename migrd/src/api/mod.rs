@@ -1,0 +1,14 @@
+//! The gRPC services: translation between the protocol and the registry.
+//!
+//! May not touch the file system or the insides of workloads. `status` is the
+//! only place where an error becomes a gRPC status.
+
+mod control;
+mod convert;
+mod output;
+mod peer;
+mod status;
+
+pub use control::ControlService;
+pub use convert::{manifest_from_wire, manifest_to_wire};
+pub use peer::PeerService;

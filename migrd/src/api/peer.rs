@@ -1,0 +1,188 @@
+//! What the daemon of another host asks for.
+
+use migr_proto::v1 as proto;
+use migr_proto::v1::peer_server::Peer;
+use tonic::{Request, Response, Status};
+
+use super::convert::{manifest_from_wire, ms};
+use super::status::{self, invalid};
+use crate::migration::destination::Arrivals;
+use crate::migration::journal::Counterpart;
+use crate::migration::link::{Offer, SealOrder, Standing};
+use crate::registry::Registry;
+use crate::units::{Epoch, MigrationId, WorkloadId};
+use crate::wire::PROTOCOL;
+use crate::workload::vm::VmEngine;
+use crate::workload::{StreamHash, StreamKey};
+
+/// The longest address of a source that is taken, in bytes.
+const MAX_ADDRESS: usize = 256;
+
+/// The peer service of this host.
+pub struct PeerService {
+    registry: Registry,
+    arrivals: Arrivals,
+}
+
+impl PeerService {
+    /// Takes what is offered into `arrivals`.
+    #[must_use]
+    pub fn new(registry: Registry, arrivals: Arrivals) -> Self {
+        Self { registry, arrivals }
+    }
+
+    fn here(&self) -> &str {
+        self.registry.here()
+    }
+
+    fn migration(&self, id: &str) -> Result<MigrationId, Status> {
+        id.parse().map_err(|_| invalid(self.here(), "migration_id is not a UUID"))
+    }
+
+    fn seal_order(&self, request: proto::SealRequest) -> Result<SealOrder, Status> {
+        let proto::SealRequest { migration_id, lane_batches, state, state_crc32, hashes } = request;
+        let bad = |what: &str| invalid(self.here(), what);
+        if crc32fast::hash(&state) != state_crc32 {
+            return Err(bad("the state was damaged on its way: its CRC-32 differs"));
+        }
+        let hash = |hash: proto::StreamHash| {
+            let bytes = <[u8; 32]>::try_from(hash.blake3.as_ref())
+                .map_err(|_| bad("a hash is not of 32 bytes"))?;
+            Ok(StreamHash { key: StreamKey(hash.key), hash: bytes })
+        };
+        Ok(SealOrder {
+            migration: self.migration(&migration_id)?,
+            batches: lane_batches,
+            state: state.to_vec(),
+            hashes: hashes.into_iter().map(hash).collect::<Result<_, Status>>()?,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Peer for PeerService {
+    async fn identify(
+        &self,
+        _: Request<proto::IdentifyRequest>,
+    ) -> Result<Response<proto::IdentifyReply>, Status> {
+        let (total, free, reserved) = self.registry.memory();
+        let problem = VmEngine::problem();
+        Ok(Response::new(proto::IdentifyReply {
+            protocol: PROTOCOL,
+            host_id: self.registry.host_id().to_string(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            memory_total_bytes: total,
+            memory_free_bytes: free,
+            memory_reserved_bytes: reserved,
+            kvm: problem.is_none(),
+            kvm_problem: problem.unwrap_or_default(),
+            kernel: crate::sys::kernel_release(),
+            cpus: crate::sys::cpus(),
+            workloads: u32::try_from(self.registry.count()).unwrap_or(u32::MAX),
+        }))
+    }
+
+    async fn offer(
+        &self,
+        request: Request<proto::OfferRequest>,
+    ) -> Result<Response<proto::OfferReply>, Status> {
+        let request = request.into_inner();
+        if request.protocol != PROTOCOL {
+            let text = format!(
+                "this migrd speaks protocol {PROTOCOL}, the offer is of protocol {}",
+                request.protocol
+            );
+            return Err(invalid(self.here(), text));
+        }
+        if request.source_address.is_empty() || request.source_address.len() > MAX_ADDRESS {
+            return Err(invalid(self.here(), "the offer does not say where it comes from"));
+        }
+        let manifest = request.manifest.ok_or_else(|| invalid(self.here(), "no manifest"))?;
+        let manifest = manifest_from_wire(manifest).map_err(|e| invalid(self.here(), e))?;
+        let migration = self.migration(&request.migration_id)?;
+        let offer = Offer {
+            migration,
+            epoch: Epoch(request.epoch),
+            manifest,
+            lanes: request.lanes,
+            dry_run: request.dry_run,
+        };
+        let from = Counterpart { migration, address: request.source_address };
+        let blockers = self.arrivals.offer(offer, from).await;
+        let problem = |b: crate::migration::link::Blocker| proto::OfferProblem {
+            code: b.code,
+            message: b.message,
+            remedy: b.remedy,
+        };
+        let problems = blockers.into_iter().map(problem).collect();
+        let reservation_ms = self.arrivals.reservation().as_millis();
+        let reservation_ms = u64::try_from(reservation_ms).unwrap_or(u64::MAX);
+        Ok(Response::new(proto::OfferReply { problems, reservation_ms }))
+    }
+
+    async fn seal(
+        &self,
+        request: Request<proto::SealRequest>,
+    ) -> Result<Response<proto::SealReply>, Status> {
+        let order = self.seal_order(request.into_inner())?;
+        let sealed = self.arrivals.seal(order).await;
+        let report = sealed.map_err(|e| status::arrival(self.here(), &e))?;
+        Ok(Response::new(proto::SealReply {
+            restore_ms: ms(report.restore),
+            verify_ms: ms(report.verify),
+            verified: report.verified,
+        }))
+    }
+
+    async fn activate(
+        &self,
+        request: Request<proto::ActivateRequest>,
+    ) -> Result<Response<proto::ActivateReply>, Status> {
+        let request = request.into_inner();
+        let migration = self.migration(&request.migration_id)?;
+        let activated = self.arrivals.activate(migration, Epoch(request.epoch)).await;
+        let took = activated.map_err(|e| status::arrival(self.here(), &e))?;
+        Ok(Response::new(proto::ActivateReply { resume_ms: ms(took) }))
+    }
+
+    async fn abandon(
+        &self,
+        request: Request<proto::AbandonRequest>,
+    ) -> Result<Response<proto::AbandonReply>, Status> {
+        let request = request.into_inner();
+        let migration = self.migration(&request.migration_id)?;
+        let reason = request.reason.chars().take(500).collect();
+        let abandoned = self.arrivals.abandon(migration, reason).await;
+        abandoned.map_err(|e| status::arrival(self.here(), &e))?;
+        Ok(Response::new(proto::AbandonReply {}))
+    }
+
+    async fn resolve(
+        &self,
+        request: Request<proto::ResolveRequest>,
+    ) -> Result<Response<proto::ResolveReply>, Status> {
+        let request = request.into_inner();
+        let migration = self.migration(&request.migration_id)?;
+        let workload: WorkloadId = request
+            .workload_id
+            .parse()
+            .map_err(|_| invalid(self.here(), "workload_id is not a UUID"))?;
+        let epoch = Epoch(request.epoch);
+        let standing = if request.from_source {
+            let resolved = self.arrivals.resolve(migration, workload, epoch).await;
+            resolved.map_err(|e| status::arrival(self.here(), &e))?
+        } else {
+            let standing = self.registry.standing(migration, workload, epoch);
+            standing.map_err(|e| status::journal(self.here(), &e))?
+        };
+        let standing = match standing {
+            Standing::Pending => proto::Standing::Pending,
+            Standing::Released => proto::Standing::Released,
+            Standing::Aborted => proto::Standing::Aborted,
+            Standing::Sealed => proto::Standing::Sealed,
+            Standing::Owned => proto::Standing::Owned,
+            Standing::Discarded => proto::Standing::Discarded,
+        };
+        Ok(Response::new(proto::ResolveReply { standing: standing.into() }))
+    }
+}

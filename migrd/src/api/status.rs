@@ -1,0 +1,94 @@
+//! Errors as gRPC statuses, with a stable reason and what to do.
+
+use std::collections::HashMap;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use crate::checkpoint::CheckpointError;
+use crate::migration::destination::ArrivalError;
+use crate::migration::journal::JournalError;
+use crate::registry::RegistryError;
+use crate::workload::WorkloadError;
+
+/// The domain of every reason (google.rpc.ErrorInfo).
+const DOMAIN: &str = "migr";
+
+/// An error on `host`, for a client.
+pub(super) struct Refusal<'a> {
+    pub code: Code,
+    pub reason: &'static str,
+    pub message: String,
+    pub host: &'a str,
+    pub remedy: &'a str,
+}
+
+impl Refusal<'_> {
+    pub(super) fn status(self) -> Status {
+        let mut metadata = HashMap::from([("host".to_owned(), self.host.to_owned())]);
+        if !self.remedy.is_empty() {
+            metadata.insert("remedy".to_owned(), self.remedy.to_owned());
+        }
+        let details = ErrorDetails::with_error_info(self.reason, DOMAIN, metadata);
+        Status::with_error_details(self.code, self.message, details)
+    }
+}
+
+/// An argument that can't be.
+pub(super) fn invalid(host: &str, message: impl Into<String>) -> Status {
+    Refusal {
+        code: Code::InvalidArgument,
+        reason: "INVALID_ARGUMENT",
+        message: message.into(),
+        host,
+        remedy: "",
+    }
+    .status()
+}
+
+pub(super) fn registry(host: &str, error: &RegistryError) -> Status {
+    let (code, reason) = match error {
+        RegistryError::Unknown(_) => (Code::NotFound, "UNKNOWN_WORKLOAD"),
+        RegistryError::NameTaken(_) => (Code::AlreadyExists, "NAME_TAKEN"),
+        RegistryError::BadName(_) => (Code::InvalidArgument, "BAD_NAME"),
+        RegistryError::Busy { .. } => (Code::FailedPrecondition, "BUSY_MIGRATING"),
+        RegistryError::WrongState { .. } => (Code::FailedPrecondition, "WRONG_STATE"),
+        RegistryError::NotMigrating(_) => (Code::FailedPrecondition, "NOT_MIGRATING"),
+        RegistryError::TooLate(_) => (Code::FailedPrecondition, "TOO_LATE"),
+        RegistryError::NoRoom(_) => (Code::ResourceExhausted, "NO_MEMORY"),
+        RegistryError::NoEngine(_) => (Code::FailedPrecondition, "NO_ENGINE"),
+        RegistryError::Workload(_) => (Code::FailedPrecondition, "WORKLOAD"),
+        RegistryError::Journal(_) => (Code::Internal, "JOURNAL"),
+        RegistryError::Migration(_) => (Code::FailedPrecondition, "MIGRATION"),
+        RegistryError::ShuttingDown => (Code::Unavailable, "SHUTTING_DOWN"),
+    };
+    Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()
+}
+
+pub(super) fn workload(host: &str, error: &WorkloadError) -> Status {
+    let (code, reason) = (Code::FailedPrecondition, "WORKLOAD");
+    Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()
+}
+
+pub(super) fn checkpoint(host: &str, error: &CheckpointError) -> Status {
+    let (code, reason) = (Code::FailedPrecondition, "CHECKPOINT");
+    Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()
+}
+
+pub(super) fn journal(host: &str, error: &JournalError) -> Status {
+    let (code, reason) = (Code::Internal, "JOURNAL");
+    Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()
+}
+
+pub(super) fn arrival(host: &str, error: &ArrivalError) -> Status {
+    let (code, reason) = match error {
+        ArrivalError::Unknown(_) => (Code::NotFound, "UNKNOWN_MIGRATION"),
+        ArrivalError::Unexpected { .. } => (Code::FailedPrecondition, "UNEXPECTED"),
+        ArrivalError::Incomplete(_) => (Code::DataLoss, "INCOMPLETE"),
+        ArrivalError::Differs(_) => (Code::DataLoss, "DIFFERS"),
+        ArrivalError::OddHashes => (Code::InvalidArgument, "ODD_HASHES"),
+        ArrivalError::Workload(_) => (Code::FailedPrecondition, "WORKLOAD"),
+        ArrivalError::Journal(_) => (Code::Internal, "JOURNAL"),
+    };
+    Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()
+}

@@ -1,0 +1,175 @@
+//! The daemon: its state directory, its listener, its start and its end.
+//!
+//! Owns the order of both. At the start the journal says what has to be done
+//! about each workload ([`recover`]) before anybody is served.
+
+mod recover;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use migr_proto::v1::FILE_DESCRIPTOR_SET;
+use migr_proto::v1::control_server::ControlServer;
+use migr_proto::v1::peer_server::PeerServer;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::api::{ControlService, PeerService};
+use crate::config::{ConfigError, ServeArgs};
+use crate::migration::destination::{Arrivals, Patience};
+use crate::migration::journal::{Journal, JournalError};
+use crate::registry::{Registry, Setup};
+use crate::wire::receive::{LaneDirectory, LaneService};
+use crate::wire::{Peers, incoming, server_settings};
+use crate::workload::vm::VmEngine;
+
+/// The largest message of a peer that is not a batch: the state of a VM.
+const MAX_PEER_MESSAGE: usize = 32 << 20;
+/// How long clients that still listen may hold up the daemon's end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// The daemon can't start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// How it was started.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The state directory.
+    #[error(
+        "cannot use the state directory {path}: {source}; it must be writable for migrd, on a file system that is not full"
+    )]
+    StateDir {
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another daemon has it.
+    #[error(
+        "another migrd uses the state directory {0}; stop it, or give this one a directory of its own"
+    )]
+    InUse(PathBuf),
+    /// The address.
+    #[error("cannot listen on {address}: {source}; is another migrd there?")]
+    Listen {
+        /// The address.
+        address: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The gRPC server.
+    #[error("the server failed: {0}")]
+    Server(#[from] tonic::transport::Error),
+    /// Reflection could not be set up.
+    #[error("the protocol's description is not usable: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Holds the state directory for this daemon alone while it lives.
+struct StateDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl StateDir {
+    fn open(path: &Path) -> Result<Self, ServeError> {
+        let failed = |source| ServeError::StateDir { path: path.to_owned(), source };
+        std::fs::create_dir_all(path).map_err(failed)?;
+        let path = path.canonicalize().map_err(failed)?;
+        let mut options = OpenOptions::new();
+        let lock = options.write(true).create(true).truncate(false).open(path.join("lock"));
+        let lock = lock.map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path, _lock: lock }),
+            Err(std::fs::TryLockError::WouldBlock) => Err(ServeError::InUse(path)),
+            Err(std::fs::TryLockError::Error(source)) => Err(failed(source)),
+        }
+    }
+}
+
+/// Serves until `shutdown` resolves. `ready` hears the address that is served.
+///
+/// # Errors
+/// When the daemon can't start, or its server fails. Workloads go on in every
+/// case.
+pub async fn serve(
+    args: ServeArgs,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+    ready: impl FnOnce(&str),
+) -> Result<(), ServeError> {
+    args.check()?;
+    let state = StateDir::open(&args.state_dir)?;
+    let listening = |source| ServeError::Listen { address: args.listen.to_string(), source };
+    let listener = TcpListener::bind(args.listen).await.map_err(listening)?;
+    let here = listener.local_addr().map_err(listening)?.to_string();
+    let failed = |source| ServeError::StateDir { path: state.path.clone(), source };
+    let journal = Journal::open(&state.path.join("journal.redb"))?;
+    let vms = VmEngine::new(state.path.join("vms")).map_err(failed)?;
+    let host = journal.host_id()?;
+    let peers = Peers::new(&here, host);
+    let down = CancellationToken::new();
+    let found = peers.clone();
+    let registry = Registry::new(Setup {
+        here: here.clone(),
+        host,
+        journal: journal.clone(),
+        vms: Arc::new(vms.clone()),
+        peers: Arc::new(move |address| found.find(address)),
+        lanes: args.lanes,
+        shutdown: down.clone(),
+    });
+    let gate = LaneDirectory::default();
+    let arrivals = Arrivals::new(
+        Arc::new(registry.clone()),
+        journal.clone(),
+        Arc::new(gate.clone()),
+        Patience::default(),
+    );
+    recover::recover(&registry, &arrivals, &journal, &vms, &peers).await?;
+
+    let control =
+        ControlService::new(registry.clone(), arrivals.clone(), vms.clone(), peers.clone());
+    let peer = PeerServer::new(PeerService::new(registry.clone(), arrivals.clone()));
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<ControlServer<ControlService>>().await;
+    health.set_serving::<PeerServer<PeerService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let router = server_settings(Server::builder())
+        .add_service(ControlServer::new(control))
+        .add_service(peer.max_decoding_message_size(MAX_PEER_MESSAGE))
+        .add_service(LaneService::new(gate))
+        .add_service(health_service)
+        .add_service(reflection);
+
+    tracing::info!(address = here, host = %host, state = %state.path.display(), "serving");
+    ready(&here);
+    let (drain, drained) = (CancellationToken::new(), CancellationToken::new());
+    let draining = drain.clone();
+    let connections = incoming(listener);
+    let server = tokio::spawn(async move {
+        let served =
+            router.serve_with_incoming_shutdown(connections, draining.cancelled_owned()).await;
+        drained.cancel();
+        served
+    });
+    shutdown.await;
+    tracing::info!("shutting down; workloads go on");
+    registry.shut_down().await;
+    arrivals.abort_all();
+    drain.cancel();
+    match tokio::time::timeout(LAST_WORDS, server).await {
+        Ok(Ok(served)) => Ok(served?),
+        Ok(Err(_)) | Err(_) => Ok(()),
+    }
+}

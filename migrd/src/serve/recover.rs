@@ -1,0 +1,100 @@
+//! What a daemon does first: finds its workloads again.
+//!
+//! A workload whose record says that this host owns it is taken back, one that
+//! was given away or waits for its source stands still until the peer has
+//! spoken, and whatever no record speaks of is cleared away.
+
+use std::collections::BTreeSet;
+
+use crate::migration::destination::{Arrivals, Remembered};
+use crate::migration::journal::{Event, Journal, JournalError, WorkloadRecord};
+use crate::migration::recovery::{Duty, duty};
+use crate::migration::source::released::Released;
+use crate::registry::Registry;
+use crate::wire::Peers;
+use crate::workload::vm::VmEngine;
+
+struct Recovery<'a> {
+    registry: &'a Registry,
+    arrivals: &'a Arrivals,
+    journal: &'a Journal,
+    vms: &'a VmEngine,
+    peers: &'a Peers,
+}
+
+pub(super) async fn recover(
+    registry: &Registry,
+    arrivals: &Arrivals,
+    journal: &Journal,
+    vms: &VmEngine,
+    peers: &Peers,
+) -> Result<(), JournalError> {
+    let recovery = Recovery { registry, arrivals, journal, vms, peers };
+    let records = journal.all()?;
+    let here = |record: &&WorkloadRecord| duty(record) != Duty::Nothing;
+    let known: BTreeSet<_> = records.iter().filter(here).map(|r| r.identity.id).collect();
+    vms.sweep(&known).await;
+    for record in records {
+        let name = record.identity.name.clone();
+        let standing = record.standing();
+        tracing::info!(workload = name, standing, epoch = %record.epoch, "found in the journal");
+        match duty(&record) {
+            Duty::Run { paused } => recovery.run(record, paused).await,
+            Duty::Settle(_) => recovery.settle(record).await,
+            Duty::Await(_) => recovery.wait(record).await?,
+            Duty::Nothing => registry.remember_gone(record),
+        }
+    }
+    Ok(())
+}
+
+impl Recovery<'_> {
+    async fn run(&self, record: WorkloadRecord, paused: bool) {
+        let identity = &record.identity;
+        match self.vms.find(identity.id, &identity.config, paused).await {
+            Ok(workload) => self.registry.take_in(record, Some(workload)),
+            Err(error) => {
+                tracing::error!(workload = identity.name, %error, "it could not be taken back");
+                self.registry.take_in(record, None);
+            }
+        }
+    }
+
+    async fn settle(&self, record: WorkloadRecord) {
+        let Duty::Settle(to) = duty(&record) else { return };
+        let identity = record.identity.clone();
+        let workload = match self.vms.find_released(identity.id, record.paused).await {
+            Ok(workload) => workload,
+            Err(error) => {
+                tracing::error!(workload = identity.name, %error, "its stopped copy is not usable");
+                None
+            }
+        };
+        let released = Released::remembered(
+            to.migration,
+            identity,
+            record.epoch,
+            record.paused,
+            self.peers.find(&to.address),
+            self.journal.clone(),
+            workload,
+        );
+        self.registry.settle(record, released);
+    }
+
+    async fn wait(&self, record: WorkloadRecord) -> Result<(), JournalError> {
+        let Duty::Await(sealed) = duty(&record) else { return Ok(()) };
+        let found = self.vms.find_sealed(record.identity.id).await;
+        if let Ok(Some(workload)) = found {
+            let claim = self.registry.claim_remembered(&record.identity, sealed.from.migration);
+            self.arrivals.remember(Remembered { record, workload, claim });
+            return Ok(());
+        }
+        // The copy is gone, so this host can't ever run it: the source may.
+        tracing::warn!(workload = record.identity.name, "a sealed copy did not survive");
+        let event = Event::Discarded(sealed.from.migration);
+        let record = self.journal.record(&record.identity, &event)?;
+        self.registry.remember_gone(record);
+        Ok(())
+    }
+}
