@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes sure that this machine has what they
 # need, and says what it installs. Everything it says goes to stderr.
 
@@ -71,6 +72,7 @@ need_kvm() {
     [ "$(uname -m)" = x86_64 ] || fail "this needs an x86-64 machine"
     [ -e /dev/kvm ] || fail "/dev/kvm is missing: load kvm_intel or kvm_amd (modprobe), and on a \
 virtual machine switch nested virtualization on"
-    [ -r /dev/kvm ] && [ -w /dev/kvm ] ||
+    if [ ! -r /dev/kvm ] || [ ! -w /dev/kvm ]; then
         fail "/dev/kvm may not be used by $(id -un): run this as root or join the group kvm"
+    fi
 }
