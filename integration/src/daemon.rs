@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -29,6 +29,7 @@ pub struct Daemon {
     program: Program,
     halt_at: Option<String>,
     before: Option<String>,
+    done: AtomicBool,
     process: Option<Child>,
 }
 
@@ -47,6 +48,7 @@ impl Daemon {
             program: Program::Migrd,
             halt_at: None,
             before: None,
+            done: AtomicBool::new(false),
             process: None,
         })
     }
@@ -112,7 +114,10 @@ impl Daemon {
         };
         command.args(["serve", "--insecure", "--listen"]).arg(self.address.to_string());
         command.arg("--state-dir").arg(&self.state_dir);
-        command.env_remove("MIGR_HALT_AT").env("RUST_LOG", "info,migrd=debug");
+        command
+            .env_remove("MIGR_HALT_AT")
+            .env("NO_COLOR", "1")
+            .env("MIGRD_LOG", "info,migrd=debug");
         if let Some(point) = &self.halt_at {
             command.env("MIGR_HALT_AT", point);
         }
@@ -232,6 +237,11 @@ impl Daemon {
         &self.state_dir
     }
 
+    /// Everything went well: nobody needs to see its log at its end.
+    pub fn done(&self) {
+        self.done.store(true, Ordering::Relaxed);
+    }
+
     /// All it has logged, over its restarts.
     #[must_use]
     pub fn log(&self) -> String {
@@ -285,7 +295,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if std::thread::panicking() || std::env::var_os("MIGR_SHOW_LOGS").is_some() {
+        if !self.done.load(Ordering::Relaxed) {
             eprintln!("--- {} at {}\n{}", self.name, self.address, self.log());
         }
         if self.process.is_some() {

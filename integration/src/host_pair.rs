@@ -94,7 +94,10 @@ impl HostPair {
             daemon.migctl(&["rm", name])?.ok()?;
         }
         leaks::expect_nothing_left(&self.a)?;
-        leaks::expect_nothing_left(&self.b)
+        leaks::expect_nothing_left(&self.b)?;
+        self.a.done();
+        self.b.done();
+        Ok(())
     }
 }
 

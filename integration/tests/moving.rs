@@ -58,8 +58,8 @@ fn the_report_counts_what_was_sent_and_what_never_existed() -> Result<()> {
     let all = u64::from(pulse.memory) << 8;
     ensure!(figure("pages_sent")? >= filled, "fewer than {filled} pages: {moved}");
     ensure!(figure("bytes_on_wire")? >= filled << 12, "fewer bytes than pages: {moved}");
-    let skipped = figure("pages_skipped")?;
-    ensure!(skipped > 0 && skipped <= all - filled, "{skipped} skipped of {all}: {moved}");
+    let (skipped, sent) = (figure("pages_skipped")?, figure("pages_sent")?);
+    ensure!(skipped > all / 2 && skipped + sent >= all, "{skipped} skipped of {all}: {moved}");
     ensure!(moved["verified"].is_null(), "{moved}");
     ensure!(!moved["rounds"].as_array().context("no rounds")?.is_empty(), "{moved}");
 
