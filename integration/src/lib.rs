@@ -1,1 +1,19 @@
-//! Under construction.
+//! Whole daemons, real virtual machines: what the tests, the demo, the soak and
+//! the bench are made of.
+//!
+//! [`binaries`] finds the programs under test, [`daemon`] and [`host_pair`] run
+//! them, [`migctl`] asks them, [`scenario`] runs pulse and judges its
+//! heartbeats, [`faulty_link`] spoils the way between two daemons, [`leaks`]
+//! counts what is left behind, [`measure`] and [`soak`] say what moves cost.
+
+pub mod binaries;
+pub mod daemon;
+pub mod faulty_link;
+pub mod host_pair;
+pub mod leaks;
+pub mod measure;
+pub mod migctl;
+pub mod scenario;
+pub mod soak;
+pub mod tidy;
+pub mod wait;

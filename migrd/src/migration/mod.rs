@@ -14,6 +14,7 @@
 //! ```
 
 pub mod destination;
+mod failpoint;
 pub mod journal;
 pub mod link;
 pub mod phase;

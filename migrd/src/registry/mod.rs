@@ -200,6 +200,10 @@ pub struct Setup {
 }
 
 impl Shared {
+    fn engine(&self, kind: Kind) -> Option<Arc<dyn Engine>> {
+        self.engines.get(kind_name(kind)).cloned()
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -684,7 +688,7 @@ impl Host for Registry {
     }
 
     fn engine(&self, kind: Kind) -> Option<Arc<dyn Engine>> {
-        self.shared.engines.get(kind_name(kind)).cloned()
+        self.shared.engine(kind)
     }
 
     fn peer(&self, address: &str) -> Arc<dyn Peer> {

@@ -381,6 +381,11 @@ impl Owner {
             }
             Holding::Here(_) | Holding::Lost(_) | Holding::Gone => {}
         }
+        if matches!(self.holding, Holding::Lost(_))
+            && let Some(engine) = self.shared.engine(self.record.identity.kind)
+        {
+            engine.clear(self.record.identity.id).await;
+        }
         self.journal(Event::Removed).await?;
         if let Holding::Here(workload) = std::mem::replace(&mut self.holding, Holding::Gone) {
             workload.discard().await;

@@ -12,6 +12,7 @@ use crate::migration::recovery::{Duty, duty};
 use crate::migration::source::released::Released;
 use crate::registry::Registry;
 use crate::wire::Peers;
+use crate::workload::Engine;
 use crate::workload::vm::VmEngine;
 
 struct Recovery<'a> {
@@ -70,6 +71,9 @@ impl Recovery<'_> {
                 None
             }
         };
+        if workload.is_none() {
+            self.vms.clear(identity.id).await;
+        }
         let released = Released::remembered(
             to.migration,
             identity,
@@ -94,6 +98,7 @@ impl Recovery<'_> {
         tracing::warn!(workload = record.identity.name, "a sealed copy did not survive");
         let event = Event::Discarded(sealed.from.migration);
         let record = self.journal.record(&record.identity, &event)?;
+        self.vms.clear(record.identity.id).await;
         self.registry.remember_gone(record);
         Ok(())
     }

@@ -292,6 +292,10 @@ pub trait Engine: Send + Sync {
     /// Whether what the manifest announces could be run here; nothing is made.
     fn check(&self, manifest: &Manifest) -> Result<(), WorkloadError>;
 
+    /// Ends what may be left of a workload that nobody holds, and deletes its
+    /// files.
+    async fn clear(&self, id: WorkloadId);
+
     /// Makes an empty workload that is ready to receive.
     async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError>;
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::arrival::{Arrival, Facts};
 use super::{Shared, identity};
+use crate::migration::failpoint;
 use crate::migration::journal::{Counterpart, Ownership};
 use crate::migration::link::{Blocker, Offer};
 use crate::units::PAGE_SIZE;
@@ -100,6 +101,7 @@ pub(super) async fn accept(
         let remedy = "see the log of this host's migrd";
         vec![blocker("prepare", format!("cannot prepare the workload: {error}"), remedy)]
     })?;
+    failpoint::reach(format_args!("destination-accepted"));
     let sink = workload.chunks();
     let intake = shared.gate.open(offer.migration, &manifest.streams, sink, offer.lanes);
     let paused = manifest.paused;

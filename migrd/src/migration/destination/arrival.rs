@@ -115,7 +115,7 @@ impl Arrival {
 
     fn first_pause(&self) -> Duration {
         match self.phase {
-            Phase::Receiving { .. } => self.facts.shared.patience.idle / 4,
+            Phase::Receiving { .. } => self.facts.shared.patience.ask,
             Phase::Sealed(_) => Duration::ZERO,
         }
     }
@@ -222,7 +222,12 @@ impl Arrival {
     async fn tick(self) -> Next {
         match &self.phase {
             Phase::Receiving { intake, .. } => {
-                if intake.last_activity().elapsed() < self.facts.shared.patience.idle {
+                let silent = intake.last_activity().elapsed();
+                if silent < self.facts.shared.patience.idle {
+                    // A source that has died gives its reservation back soon.
+                    if silent > self.facts.shared.patience.ask {
+                        return self.ask_source().await;
+                    }
                     return Next::Wait(self);
                 }
                 tracing::warn!(migration = %self.migration(), "nothing arrives any more");

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::arrival::Facts;
 use super::{ArrivalError, Shared};
+use crate::migration::failpoint;
 use crate::migration::journal::{Event, Identity, JournalError, Sealed, WorkloadRecord};
 use crate::migration::link::{Intake, SealOrder, SealReport};
 use crate::units::MigrationId;
@@ -46,10 +47,12 @@ pub(super) async fn seal(
         compare(&workload.hash().await?, &order.hashes)?;
     }
     let verify = if verified { hashing.elapsed() } else { Duration::ZERO };
+    failpoint::reach(format_args!("destination-loading"));
     workload.load(&order.state).await?;
     let sealed =
         Sealed { from: arrival.from.clone(), epoch: arrival.epoch, paused: arrival.paused };
     write(&arrival.shared, &arrival.identity, Event::Sealed(sealed)).await?;
+    failpoint::reach(format_args!("destination-sealed"));
     let restore = started.elapsed().saturating_sub(verify);
     Ok(SealReport { restore, verify, verified })
 }
@@ -76,6 +79,7 @@ pub(super) async fn own(arrival: Facts, mut held: Held, forced: bool) -> Owning 
         Ok(record) => record,
         Err(error) => return Owning::StillSealed(arrival, held, error.into()),
     };
+    failpoint::reach(format_args!("destination-owned"));
     let mut result = held.workload.start(arrival.paused).await;
     for _ in 1..START_TRIES {
         if result.is_ok() {
@@ -85,6 +89,7 @@ pub(super) async fn own(arrival: Facts, mut held: Held, forced: bool) -> Owning 
     }
     match result {
         Ok(()) => {
+            failpoint::reach(format_args!("destination-running"));
             let Facts { shared, claim, .. } = arrival;
             shared.host.arrived(record, held.workload.arrived(), claim).await;
             Owning::Runs(started.elapsed())

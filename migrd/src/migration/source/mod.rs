@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::migration::failpoint;
 use crate::migration::journal::{Counterpart, Identity, Journal};
 use crate::migration::link::{LaneTotals, LinkError, PageLanes, Peer};
 use crate::migration::phase::{
@@ -198,6 +199,7 @@ impl Run {
         self.phase = phase;
         tracing::info!(%phase, "migration phase");
         self.record.context.progress.send_modify(|p| p.phase = phase);
+        failpoint::reach(format_args!("source-{phase}"));
     }
 
     /// What may cut a wait short.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::stopped::Stopped;
 use super::{Aborted, Interrupt, Run, data_bytes};
+use crate::migration::failpoint;
 use crate::migration::link::{LaneTotals, PageLanes};
 use crate::migration::phase::{MigrationError, Phase, Round};
 use crate::migration::policy::{
@@ -96,6 +97,7 @@ impl Run {
                 }
             }
             pending = self.round(&mut rounds, &batch, &pending, interrupt).await?;
+            failpoint::reach(format_args!("source-precopy-round"));
             let stats = self.stats(&mut rounds, &pending);
             step = next_step(&stats, &budget);
             tracing::debug!(?stats, ?step, "precopy round");

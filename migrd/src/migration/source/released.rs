@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::stopped::fixed_part;
 use super::{Context, End, Record};
+use crate::migration::failpoint;
 use crate::migration::journal::{Event, Identity, Journal, JournalError};
 use crate::migration::link::{LinkError, Peer, Standing};
 use crate::migration::phase::{Failure, Outcome, Phase};
@@ -133,6 +134,7 @@ impl Released {
     }
 
     async fn confirmed(&mut self) -> Settled {
+        failpoint::reach(format_args!("source-activated"));
         match self.journal(Event::Confirmed(self.migration)).await {
             Ok(()) => Settled::Gone,
             Err(error) => {

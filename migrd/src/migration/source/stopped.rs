@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::precopy::{no_lanes, skipped};
 use super::released::Released;
 use super::{Aborted, Record, Run, send_pages};
+use crate::migration::failpoint;
 use crate::migration::journal::Event;
 use crate::migration::link::SealOrder;
 use crate::migration::phase::{MigrationError, Phase};
@@ -27,6 +28,7 @@ impl Stopped {
         let frozen = run.workload.freeze().await;
         let (mut run, ()) = run.or_abort(frozen).await?;
         run.frozen = true;
+        failpoint::reach(format_args!("source-frozen"));
         run.record.tally.downtime.pause = started.elapsed();
         let order = run.send_rest().await;
         let (run, order) = run.or_abort(order).await?;

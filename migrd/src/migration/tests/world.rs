@@ -376,6 +376,10 @@ struct FakeEngine(Arc<TestHost>);
 
 #[async_trait]
 impl Engine for FakeEngine {
+    async fn clear(&self, id: WorkloadId) {
+        lock(&self.0.guests).remove(&id);
+    }
+
     fn check(&self, _: &Manifest) -> Result<(), WorkloadError> {
         Ok(())
     }

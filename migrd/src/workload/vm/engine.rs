@@ -223,12 +223,7 @@ impl VmEngine {
             let id = name.to_str().and_then(|n| WorkloadId::from_str(n).ok());
             let Some(id) = id.filter(|id| !known.contains(id)) else { continue };
             tracing::info!(%id, "clearing away a VM that this host does not own");
-            match Child::adopt(&entry.path()).await {
-                Ok(Some(child)) => child.kill().await,
-                Ok(None) => {}
-                Err(error) => tracing::warn!(%id, %error, "a VM could not be ended"),
-            }
-            remove(&entry.path());
+            self.clear(id).await;
         }
     }
 
@@ -253,6 +248,19 @@ fn open(what: &str, path: &Path) -> Result<File, WorkloadError> {
 
 #[async_trait]
 impl Engine for VmEngine {
+    async fn clear(&self, id: WorkloadId) {
+        let directory = self.place(id);
+        if !directory.exists() {
+            return;
+        }
+        match Child::adopt(&directory).await {
+            Ok(Some(child)) => child.kill().await,
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%id, %error, "a VM could not be ended"),
+        }
+        remove(&directory);
+    }
+
     fn check(&self, manifest: &Manifest) -> Result<(), WorkloadError> {
         if let Some(problem) = Self::problem() {
             return Err(WorkloadError::new(problem));

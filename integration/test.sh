@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# Runs every check and every test of the project, and says how many of each
+# kind ran.
+#
+#   integration/test.sh            everything
+#   integration/test.sh --build    only build what the tests run
+#   integration/test.sh --build --release    … for the demo, soak and bench
+#
+# The tests of real virtual machines need /dev/kvm, and root for the mount
+# namespaces in which some daemons are started.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=integration/setup.sh
+. integration/setup.sh
+
+build() {
+    local target profile=debug
+    [ $# = 0 ] || profile=release
+    target=$(integration/target-dir.sh)
+    # The daemon with its failpoints first: what is built last keeps the name.
+    cargo build --locked --workspace --bins --features migrd/failpoints "$@" || return
+    cp --remove-destination "$target/$profile/migrd" "$target/$profile/migrd-failpoints" || return
+    cargo build --locked --workspace --bins "$@"
+}
+
+# check WHAT COMMAND…: runs it and goes on, whatever comes of it.
+checks_passed=0
+checks_failed=()
+check() {
+    local what=$1
+    shift
+    say "== $what"
+    if "$@"; then
+        checks_passed=$((checks_passed + 1))
+    else
+        checks_failed+=("$what")
+        say "FAILED: $what"
+    fi
+}
+
+# Runs every test; one line "ok|failed BINARY TEST" for each goes to $1.
+run_tests() {
+    if cargo nextest --version >/dev/null 2>&1; then
+        say "== tests, with cargo-nextest"
+        cargo nextest run --locked --workspace --no-fail-fast --color never \
+            --status-level all --final-status-level fail 2>&1 | tee "$1.log" || true
+        # "PASS [   0.004s] (  1/300) migrd::vmm_child a_test"; a failed test
+        # appears again after the summary.
+        awk '/^ *Summary \[/ { exit }
+             $1 == "PASS" || $1 == "FAIL" || $1 == "TIMEOUT" || $1 ~ /^(SIG|ABORT|LEAK)/ {
+                 status = ($1 == "PASS" || $1 == "LEAK") ? "ok" : "failed"
+                 sub(/^[^]]*\] */, ""); sub(/^\([^)]*\) */, ""); print status, $1, $2
+             }' "$1.log" >"$1"
+    else
+        say "== tests, with cargo test (cargo-nextest is not installed)"
+        cargo test --locked --workspace --no-fail-fast --color never 2>&1 | tee "$1.log" || true
+        awk '/^ *Running / { binary = $NF; gsub(/.*\/|-[0-9a-f]+\)$/, "", binary) }
+             /^ *Doc-tests / { binary = "doc" }
+             /^test .* \.\.\. / { print ($NF == "ok" ? "ok" : "failed"), binary, $2 }' \
+            "$1.log" >"$1"
+    fi
+}
+
+# Names of the tests that are properties: functions in a proptest! block.
+property_tests() {
+    find . -name '*.rs' -not -path './target/*' -exec awk '
+        FNR == 1 { inside = 0 }
+        /^ *proptest! *\{/ { inside = 1; indent = match($0, /[^ ]/) }
+        inside && match($0, /fn [a-z0-9_]+\(/) { print substr($0, RSTART + 3, RLENGTH - 4) }
+        inside && /^ *\}/ && match($0, /[^ ]/) == indent { inside = 0 }' {} +
+}
+
+# Names of the test programs that run virtual machines.
+kvm_programs() {
+    local file
+    for file in integration/tests/*.rs $(grep -lw KVM migrd/tests/*.rs); do
+        basename "$file" .rs
+    done
+}
+
+# "KIND ok|failed" for each test in $1.
+kinds() {
+    awk -v properties="$(property_tests | tr '\n' ' ')" -v kvm="$(kvm_programs | tr '\n' ' ')" '
+        BEGIN {
+            split(properties, names, " "); for (i in names) property[names[i]] = 1
+            split(kvm, names, " "); for (i in names) real[names[i]] = 1
+        }
+        {
+            program = $2; sub(/.*::/, "", program)
+            name = $3; sub(/.*::/, "", name)
+            if (program in real) kind = "real-KVM"
+            else if (name in property) kind = "property"
+            else if ($3 ~ /^migration::tests::/) kind = "state-machine"
+            else kind = "unit"
+            print kind, $1
+        }' "$1"
+}
+
+# How many lines of $1 are exactly $2.
+count() {
+    grep -cxF "$2" "$1" || true
+}
+
+if [ "${1-}" = --build ]; then
+    shift
+    need_build_tools
+    build "$@"
+    exit
+fi
+
+need_build_tools
+need_kvm
+[ "$(id -u)" = 0 ] || fail "some tests start daemons in mount namespaces: run this as root"
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+
+check "format" cargo fmt --all --check
+check "format of the guest" rustfmt --edition 2024 --check guest-images/pulse/guest/main.rs
+check "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
+check "lints with failpoints" \
+    cargo clippy --locked -p migrd --features failpoints -- -D warnings
+if command -v shellcheck >/dev/null; then
+    check "shell scripts" shellcheck -x integration/*.sh integration/bench/*.sh .ci/run
+fi
+check "build" build
+
+passed=$checks_passed
+failed=${#checks_failed[@]}
+: >"$results/tests"
+case " ${checks_failed[*]} " in
+    *" build "*) say "no test was run, since the build failed" ;;
+    *) run_tests "$results/tests" ;;
+esac
+kinds "$results/tests" >"$results/kinds"
+
+say ""
+say "Ran on: $(uname -sr), real KVM ($(nproc) CPUs)"
+for kind in unit property state-machine real-KVM; do
+    good=$(count "$results/kinds" "$kind ok")
+    bad=$(count "$results/kinds" "$kind failed")
+    say "$(printf '%-14s %4d passed, %d failed' "$kind" "$good" "$bad")"
+    passed=$((passed + good))
+    failed=$((failed + bad))
+    if [ $((good + bad)) = 0 ]; then
+        say "FAILED: no $kind test has run"
+        failed=$((failed + 1))
+    fi
+done
+say "$(printf '%-14s %4d passed, %d failed %s' checks \
+    "$checks_passed" "${#checks_failed[@]}" "${checks_failed[*]}")"
+grep '^failed' "$results/tests" >&2 || true
+say ""
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
