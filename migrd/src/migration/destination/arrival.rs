@@ -147,7 +147,6 @@ impl Arrival {
             Phase::Receiving { mut workload, intake } => {
                 let facts = self.facts;
                 let sealed = sealed::seal(&facts, workload.as_mut(), &intake, &order).await;
-                intake.close("the migration is sealed");
                 match sealed {
                     Ok(report) => {
                         let _ = reply.send(Ok(report));

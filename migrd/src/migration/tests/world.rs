@@ -353,8 +353,8 @@ impl TestHost {
 
     fn settle_later(self: &Arc<Self>, mut released: Released) {
         let task = tokio::spawn(async move {
-            let settled = released.settle(|_| {}).await;
-            if let (Settled::Gone, Some(workload)) = (settled, released.into_workload()) {
+            let settled = released.settle(&CancellationToken::new(), |_| {}).await;
+            if let (Some(Settled::Gone), Some(workload)) = (settled, released.into_workload()) {
                 workload.discard().await;
             }
         });
