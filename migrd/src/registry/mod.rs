@@ -558,7 +558,8 @@ impl Registry {
         if let Err(error) = workload.resume().await {
             let journal = self.shared.journal.clone();
             workload.discard().await;
-            blocking(move || journal.record(&record.identity, &Event::Removed(record.epoch))).await?;
+            blocking(move || journal.record(&record.identity, &Event::Removed(record.epoch)))
+                .await?;
             return Err(error.into());
         }
         self.take_in(record, Some(workload));

@@ -283,6 +283,22 @@ impl Interrupt {
     }
 }
 
+/// `call`, for at most `wait`. A peer whose connection is well and which never
+/// answers must not hold the workload for ever.
+async fn within<T>(
+    peer: &Arc<dyn Peer>,
+    wait: Duration,
+    call: impl Future<Output = Result<T, LinkError>>,
+) -> Result<T, LinkError> {
+    match tokio::time::timeout(wait, call).await {
+        Ok(answer) => answer,
+        Err(_) => Err(LinkError::Lost {
+            peer: peer.address().to_owned(),
+            cause: format!("no answer within {wait:?}"),
+        }),
+    }
+}
+
 async fn ended(state: &mut watch::Receiver<RunState>) -> String {
     loop {
         if let RunState::Ended(reason) = &*state.borrow_and_update() {

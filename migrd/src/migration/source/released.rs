@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::stopped::fixed_part;
-use super::{Context, End, Record};
+use super::{Context, End, Record, within};
 use crate::migration::journal::{Event, Identity, Journal, JournalError};
-use crate::migration::link::{LinkError, Peer, Standing};
+use crate::migration::link::{Peer, Standing};
 use crate::migration::phase::{Failure, Outcome, Phase};
 use crate::units::{Epoch, MigrationId};
 use crate::workload::Workload;
@@ -133,12 +133,12 @@ impl Released {
     /// One attempt: Activate, and if that gives no plain yes, Resolve.
     async fn ask(&self) -> Answer {
         let activate = self.peer.activate(self.migration, self.epoch);
-        let failed = match within(&self.peer, activate).await {
+        let failed = match within(&self.peer, ANSWER_WAIT, activate).await {
             Ok(_) => return Answer::Taken,
             Err(error) => error,
         };
         let asked = self.peer.resolve(self.migration, self.identity.id, self.epoch, true);
-        match within(&self.peer, asked).await {
+        match within(&self.peer, ANSWER_WAIT, asked).await {
             Ok(Standing::Owned) => Answer::Taken,
             Ok(Standing::Discarded) => Answer::Never,
             Ok(standing) => Answer::None(format!("{failed}; it says {standing:?}")),
@@ -247,19 +247,5 @@ impl Released {
                 End::InDoubt(self, report)
             }
         }
-    }
-}
-
-/// `call`, for at most [`ANSWER_WAIT`].
-async fn within<T>(
-    peer: &Arc<dyn Peer>,
-    call: impl Future<Output = Result<T, LinkError>>,
-) -> Result<T, LinkError> {
-    match tokio::time::timeout(ANSWER_WAIT, call).await {
-        Ok(answer) => answer,
-        Err(_) => Err(LinkError::Lost {
-            peer: peer.address().to_owned(),
-            cause: format!("no answer within {ANSWER_WAIT:?}"),
-        }),
     }
 }
