@@ -94,3 +94,76 @@ pub fn standing_at_destination(
         (false, false) => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::journal::{Event, Identity};
+    use crate::units::WorkloadId;
+    use crate::workload::Kind;
+
+    fn never() -> WorkloadRecord {
+        WorkloadRecord::never(Identity {
+            id: WorkloadId::random(),
+            name: "web".into(),
+            kind: Kind::Vm,
+            config: Vec::new(),
+            memory_bytes: 1,
+            cpus: 1,
+            created_unix_ms: 0,
+        })
+    }
+
+    fn after(events: &[Event]) -> WorkloadRecord {
+        let step = |record: WorkloadRecord, event| record.after(event).expect("allowed");
+        events.iter().fold(never(), step)
+    }
+
+    fn to(migration: MigrationId) -> Counterpart {
+        Counterpart { migration, address: "b:1".into() }
+    }
+
+    #[test]
+    fn only_the_journal_that_a_migration_began_from_says_that_it_is_over() {
+        let id = MigrationId::random();
+        let at = |record: Option<&WorkloadRecord>, epoch| {
+            standing_at_source(record, id, Epoch(epoch), false)
+        };
+        assert_eq!(at(None, 2), Standing::Pending, "another daemon at that address");
+        assert_eq!(at(Some(&never()), 2), Standing::Pending, "it was never here");
+        let owned = after(&[Event::Created]);
+        assert_eq!(at(Some(&owned), 2), Standing::Aborted);
+        assert_eq!(at(Some(&owned), 3), Standing::Pending, "an older copy of the journal");
+        assert_eq!(standing_at_source(Some(&owned), id, Epoch(2), true), Standing::Pending);
+    }
+
+    #[test]
+    fn a_release_is_answered_for_even_after_the_operator_forgot_it() {
+        let id = MigrationId::random();
+        let mut events = vec![Event::Created, Event::Released(to(id))];
+        for next in [Event::GivenUp, Event::Removed(Epoch(2)), Event::Removed(Epoch(2))] {
+            let record = after(&events);
+            let standing = standing_at_source(Some(&record), id, Epoch(2), false);
+            assert_eq!(standing, Standing::Released, "after {:?}", events.last());
+            let other = MigrationId::random();
+            let standing = standing_at_source(Some(&record), other, Epoch(2), false);
+            assert_eq!(standing, Standing::Aborted, "another migration");
+            events.push(next);
+        }
+    }
+
+    #[test]
+    fn what_was_handed_back_is_not_taken_for_owned_when_the_promise_is_forgotten() {
+        let id = MigrationId::random();
+        let sealed = Sealed { from: to(id), epoch: Epoch(2), paused: false };
+        let owned = [Event::Sealed(sealed), Event::Activated(id)];
+        let standing =
+            |record: &WorkloadRecord| standing_at_destination(Some(record), id, Epoch(2), false);
+        assert_eq!(standing(&after(&owned[..1])), Some(Standing::Sealed));
+        assert_eq!(standing(&after(&owned)), Some(Standing::Owned));
+        let back = after(&owned).after(&Event::NeverRan(to(id))).expect("allowed");
+        assert_eq!(standing(&back), Some(Standing::Discarded));
+        assert_eq!(standing_at_destination(None, id, Epoch(2), false), None);
+        assert_eq!(standing_at_destination(None, id, Epoch(2), true), Some(Standing::Discarded));
+    }
+}

@@ -49,18 +49,18 @@ fn all_is_well(limits: Limits) -> usize {
 
 #[test]
 fn one_migration_with_crashes_of_both_daemons_never_makes_two_or_none() {
-    let states = all_is_well(Limits { migrations: 1, crashes: 3, operator: false });
-    assert!(states > 5_000, "only {states} states");
+    let states = all_is_well(Limits { migrations: 1, crashes: 6, operator: false });
+    assert!(states > 900, "only {states} states");
 }
 
 #[test]
 fn there_and_back_and_again_with_late_messages_never_makes_two_or_none() {
-    let states = all_is_well(Limits { migrations: 2, crashes: 1, operator: false });
-    assert!(states > 20_000, "only {states} states");
+    let states = all_is_well(Limits { migrations: 3, crashes: 2, operator: false });
+    assert!(states > 6_000, "only {states} states");
 }
 
 #[test]
 fn an_operator_who_lets_go_of_what_the_peer_has_never_makes_two_or_none() {
-    let states = all_is_well(Limits { migrations: 1, crashes: 2, operator: true });
-    assert!(states > 5_000, "only {states} states");
+    let states = all_is_well(Limits { migrations: 2, crashes: 2, operator: true });
+    assert!(states > 6_000, "only {states} states");
 }

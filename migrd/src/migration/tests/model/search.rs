@@ -12,7 +12,8 @@ use crate::migration::journal::{Event, Ownership};
 pub struct Limits {
     pub migrations: u8,
     pub crashes: u8,
-    /// An operator gives up and forgets, without harm.
+    /// An operator gives up what the peer holds, and forgets what is gone. That
+    /// copy is then the only one, so nothing may befall it in the model.
     pub operator: bool,
 }
 
@@ -48,7 +49,8 @@ impl World {
         for (number, host) in self.hosts.iter().enumerate() {
             if !host.up {
                 all.push(Action::Restart(number, true));
-                if host.record.sealed.is_some() {
+                // After an operator let go, the sealed copy is the only one.
+                if host.record.sealed.is_some() && !limits.operator {
                     all.push(Action::Restart(number, false));
                 }
                 continue;
@@ -70,7 +72,10 @@ impl World {
             }
             match host.taking {
                 Some((_, _, Taking::Starting)) => {
-                    all.extend([true, false].map(|good| Action::Begin(number, good)));
+                    all.push(Action::Begin(number, true));
+                    if !limits.operator {
+                        all.push(Action::Begin(number, false));
+                    }
                 }
                 Some(_) => all.push(Action::Tick(number)),
                 None => {}
