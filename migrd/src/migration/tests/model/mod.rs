@@ -43,7 +43,9 @@ pub enum Action {
 
 fn all_is_well(limits: Limits) -> usize {
     let found = explore(limits);
-    assert!(found.releases > 0 && found.taken_back > 0, "{found:?}");
+    assert!(found.releases > 0, "{found:?}");
+    // With an operator the destination never fails, so nothing comes back.
+    assert_eq!(found.taken_back > 0, !limits.operator, "{found:?}");
     found.states
 }
 

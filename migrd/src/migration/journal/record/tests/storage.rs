@@ -84,11 +84,6 @@ impl Disk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How much was done to it.
-    pub fn done(&self) -> u64 {
-        self.lock().done
-    }
-
     /// Everything fails from the operation after `more` others on.
     pub fn fail_after(&self, more: u64) {
         let mut state = self.lock();
