@@ -333,6 +333,24 @@ async fn a_triple_fault_is_reported() {
 }
 
 #[tokio::test]
+async fn a_guest_that_switches_itself_off_is_reported() {
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xba, 0x01, 0x06, // mov dx, 0x601: the sleep status register
+        0xec, 0x84, 0xc0,       // in al, dx; test al, al
+        0x75, 0xfe,             // jnz to itself
+        0xb0, 0x34,             // mov al, 0x34: sleep type 5, and go
+        0x4a, 0xee,             // dec edx; out dx, al
+        0xf4,                   // hlt
+    ];
+    let vm = spawn(config(64 * MIB, 1, ""), Some(&kernel_of(&code))).await;
+    vm.child.boot().await.unwrap();
+    vm.child.run().await.unwrap();
+    assert_eq!(stopped(&vm.child).await, GuestStopKind::Shutdown);
+    vm.child.kill().await;
+}
+
+#[tokio::test]
 async fn memory_goes_on_above_the_hole() {
     let vm = pulse(5 << 30, 1, "hot=1M static=3200M check=4M").await;
     let text = vm.until(|t| last(t, "pulse pass=") >= Some(2)).await;

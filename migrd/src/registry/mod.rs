@@ -699,6 +699,7 @@ impl Host for Registry {
     async fn arrived(&self, record: WorkloadRecord, workload: Box<dyn Workload>, claim: Claim) {
         self.take_in(record, Some(workload));
         drop(claim);
+        tokio::task::spawn_blocking(crate::sys::heap::trim);
     }
 
     fn engine(&self, kind: Kind) -> Option<Arc<dyn Engine>> {

@@ -572,6 +572,8 @@ impl Owner {
     }
 
     async fn take_back(&mut self, back: Back) {
+        // Whatever it was, buffers of a migration are free now.
+        tokio::task::spawn_blocking(crate::sys::heap::trim);
         if let Ok(Some(record)) = self.shared.journal.get(self.record.identity.id) {
             self.record = record;
         }

@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 pub mod fds;
+pub mod heap;
 pub mod kvm_state;
 pub mod mapping;
 pub mod memfd;

@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::boot::acpi::{SLEEP_CONTROL_PORT, SLEEP_CONTROL_POWER_OFF, SLEEP_STATUS_PORT};
 use super::devices::i8042;
 use super::devices::serial::SerialPort;
 use super::lifecycle::StopKind;
@@ -39,6 +40,9 @@ impl Bus {
                 None
             }
             i8042::COMMAND if data.contains(&i8042::RESET) => Some(StopKind::Reset),
+            SLEEP_CONTROL_PORT if data.contains(&SLEEP_CONTROL_POWER_OFF) => {
+                Some(StopKind::Shutdown)
+            }
             _ => None,
         }
     }
@@ -51,6 +55,8 @@ impl Bus {
                 data.iter_mut().for_each(|byte| *byte = serial.read(port - COM1));
             }
             i8042::DATA | i8042::COMMAND => data.fill(i8042::IDLE),
+            // Both registers keep nothing: a guest that sleeps is stopped.
+            SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT => data.fill(0),
             _ => data.fill(0xff),
         }
     }

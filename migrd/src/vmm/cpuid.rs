@@ -138,3 +138,87 @@ fn topology_leaves(function: u32, place: Place) -> [kvm_cpuid_entry2; 3] {
     };
     [level(0, 0, 1, 1), level(1, id_bits(cpus), cpus, 2), level(2, 0, 0, 0)]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, words: [u32; 4]) -> kvm_cpuid_entry2 {
+        let [eax, ebx, ecx, edx] = words;
+        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
+    }
+
+    fn find(leaves: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+        let mut found = leaves.iter().filter(|l| l.function == function && l.index == index);
+        let leaf = *found.next().unwrap_or_else(|| panic!("no leaf {function:#x}.{index}"));
+        assert!(found.next().is_none(), "leaf {function:#x}.{index} twice");
+        leaf
+    }
+
+    fn host(vendor: [u8; 4]) -> Vec<kvm_cpuid_entry2> {
+        vec![
+            leaf(0x0, 0, [0xd, u32::from_le_bytes(vendor), 0, 0]),
+            leaf(0x1, 0, [0xf11, 0x0510_0800, 0, 1 << 28]),
+            leaf(0x4, 0, [0xfc00_4121, 0, 0, 0]),
+            leaf(0x4, 2, [0xfc03_c163, 0, 0, 0]),
+            leaf(0x4, 3, [0, 0, 0, 0]),
+            leaf(0xb, 0, [1, 2, 0x100, 9]),
+            leaf(0x4000_0000, 0, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+            leaf(0x8000_0001, 0, [0, 0, 0, 0]),
+            leaf(0x8000_0008, 0, [0x3030, 0, 0x7017, 0]),
+            leaf(0x8000_001e, 0, [9, 0x109, 0x201, 0]),
+        ]
+    }
+
+    #[test]
+    fn each_vcpu_has_its_own_apic_id_in_one_package() {
+        for index in 0..3 {
+            let leaves = patched(&host(*b"Auth"), Place { index, cpus: 3, deadline: true });
+            assert_eq!(find(&leaves, 0x1, 0).ebx, index << 24 | 4 << 16 | 0x0800);
+            let (threads, cores) = (find(&leaves, 0xb, 0), find(&leaves, 0xb, 1));
+            assert_eq!((threads.eax, threads.ebx, threads.ecx, threads.edx), (0, 1, 0x100, index));
+            assert_eq!((cores.eax, cores.ebx, cores.ecx, cores.edx), (2, 3, 0x201, index));
+            assert_eq!(find(&leaves, 0xb, 2).ecx, 2);
+            assert_eq!(find(&leaves, 0x8000_0008, 0).ecx, 2 << 12 | 2);
+            assert_eq!(find(&leaves, 0x8000_001e, 0).eax, index);
+            assert!(leaves.iter().all(|leaf| leaf.function != 0x1f), "beyond the highest leaf");
+        }
+    }
+
+    #[test]
+    fn only_the_last_cache_level_is_shared() {
+        let leaves = patched(&host(*b"Genu"), Place { index: 0, cpus: 4, deadline: true });
+        assert_eq!(find(&leaves, 0x4, 0).eax, 3 << 26 | 0x121);
+        assert_eq!(find(&leaves, 0x4, 2).eax, 3 << 26 | 3 << 14 | 0x163);
+        assert_eq!(find(&leaves, 0x4, 3).eax, 0);
+    }
+
+    #[test]
+    fn leaves_of_amd_are_left_alone_on_other_cpus() {
+        let leaves = patched(&host(*b"Genu"), Place { index: 1, cpus: 4, deadline: true });
+        assert_eq!(find(&leaves, 0x8000_0008, 0).ecx, 0x7017);
+        assert_eq!(find(&leaves, 0x8000_001e, 0).eax, 9);
+    }
+
+    #[test]
+    fn lone_vcpu_claims_no_siblings() {
+        let leaves = patched(&host(*b"Auth"), Place { index: 0, cpus: 1, deadline: false });
+        let features = find(&leaves, 0x1, 0);
+        assert_eq!((features.ebx, features.edx), (1 << 16 | 0x0800, 0));
+        assert_eq!(features.ecx, HYPERVISOR | X2APIC);
+        assert_eq!(find(&leaves, 0x8000_0008, 0).ecx, 0);
+    }
+
+    #[test]
+    fn kvm_takes_the_leaves_and_the_guest_still_finds_kvm() {
+        let kvm = Kvm::new().expect("/dev/kvm must exist and be usable: load kvm_intel or kvm_amd");
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let vcpu = vm.create_vcpu(1).unwrap();
+        let cpuid = for_vcpu(&kvm, 1, 2).unwrap();
+        vcpu.set_cpuid2(&cpuid).unwrap();
+        let taken = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();
+        assert_eq!(find(taken.as_slice(), 0x1, 0).ebx >> 24, 1);
+        assert_eq!(find(taken.as_slice(), 0x4000_0000, 0).ebx.to_le_bytes(), *b"KVMK");
+    }
+}

@@ -28,8 +28,10 @@ const LOW_RESERVED: u64 = 0x9_fc00;
 /// ACPI tables, in the window that a guest without a pointer to them searches
 /// for the RSDP (ACPI 6.5, 5.2.5.1).
 pub(super) const ACPI_TABLES: u64 = 0xe_0000;
-/// Length of the window at [`ACPI_TABLES`].
-pub(super) const ACPI_LENGTH: u64 = KERNEL_START - ACPI_TABLES;
+/// Where a PC's firmware starts, `ffff:0` in real mode.
+pub(super) const RESET_VECTOR: u64 = 0xf_fff0;
+/// Room for the tables at [`ACPI_TABLES`].
+pub(super) const ACPI_LENGTH: u64 = RESET_VECTOR - ACPI_TABLES;
 
 /// The longest command line in bytes without its NUL. Linux on x86 keeps 2048
 /// bytes and drops the rest without a word, so more is refused here.

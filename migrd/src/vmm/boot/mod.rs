@@ -33,6 +33,16 @@ pub use error::BootError;
 pub use vcpu::configure_vcpu;
 use zero_page::ZeroPage;
 
+/// All the firmware there is: a reset, in 16-bit code. Linux, finding
+/// hardware-reduced ACPI and no EFI, reboots by jumping here rather than by
+/// the reset register.
+#[rustfmt::skip]
+const RESET_CODE: [u8; 7] = [
+    0xb0, acpi::RESET_VALUE, // mov al, 0xfe
+    0xe6, 0x64,              // out 0x64, al
+    0xf4, 0xeb, 0xfd,        // hlt; jmp to the hlt
+];
+
 /// What to boot.
 #[derive(Debug)]
 pub struct BootSpec<'a> {
@@ -95,6 +105,7 @@ pub fn load<M: GuestMemoryBackend>(mem: &M, spec: BootSpec<'_>) -> Result<Entry,
         }
     };
     vcpu::write_tables(mem, &entry)?;
+    write(mem, layout::RESET_VECTOR, &RESET_CODE, "reset vector")?;
     Ok(entry)
 }
 

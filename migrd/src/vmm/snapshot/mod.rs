@@ -24,7 +24,9 @@
 
 mod devices;
 mod error;
+mod events_wire;
 mod msrs;
+mod registers_wire;
 pub mod state;
 mod time;
 mod vcpu;

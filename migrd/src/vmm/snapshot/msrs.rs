@@ -23,14 +23,21 @@ fn unlisted() -> impl Iterator<Item = u32> {
     MTRR_VARIABLE.chain(MTRR_FIXED).chain([MTRR_DEFAULT_TYPE]).chain(MACHINE_CHECK_BANKS)
 }
 
-/// The numbers of the registers that are saved on this host, TSC and deadline
-/// excepted, which are saved as time.
+/// `MSR_KVM_WALL_CLOCK` and its newer number. Writing one makes KVM write the
+/// host's time once to the address given. A guest does so whenever it wants to
+/// know the time; at a restore it would overwrite whatever the guest keeps at
+/// that address by now.
+const WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+
+/// The numbers of the registers that are saved on this host, but for TSC and
+/// deadline, which are saved as time, and those that only start a write.
 pub(super) fn indices(kvm: &Kvm) -> Result<Vec<u32>, SnapshotError> {
     let list = kvm.get_msr_index_list().map_err(save_failed("list of MSRs"))?;
     let mut indices: Vec<u32> = list.as_slice().to_vec();
     let more: Vec<u32> = unlisted().filter(|index| !indices.contains(index)).collect();
     indices.extend(more);
     indices.retain(|index| ![MSR_TSC, MSR_TSC_DEADLINE].contains(index));
+    indices.retain(|index| !WALL_CLOCK.contains(index));
     Ok(indices)
 }
 

@@ -19,7 +19,8 @@ pub(super) struct ArrivingVm {
     child: Arc<Child>,
     streams: Vec<StreamSpec>,
     chunks: Arc<VmStreams>,
-    /// Made when it starts, so that what follows cannot fail any more.
+    /// Made when the state is loaded, which is before the hand-over: what
+    /// comes after must be quick and can't fail any more.
     vm: Option<Vm>,
 }
 
@@ -60,7 +61,9 @@ impl Arriving for ArrivingVm {
     }
 
     async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {
-        self.child.restore(state.to_vec()).await.map_err(told("load its state"))
+        self.child.restore(state.to_vec()).await.map_err(told("load its state"))?;
+        self.vm = Some(Vm::new(self.directory.clone(), self.child.clone(), false)?);
+        Ok(())
     }
 
     async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
@@ -70,9 +73,12 @@ impl Arriving for ArrivingVm {
     }
 
     async fn start(&mut self, paused: bool) -> Result<(), WorkloadError> {
-        if self.vm.is_none() {
-            self.vm = Some(Vm::new(self.directory.clone(), self.child.clone(), paused)?);
-        }
+        let vm = match self.vm.take() {
+            Some(vm) => vm,
+            // A sealed copy that a restarted daemon has found.
+            None => Vm::new(self.directory.clone(), self.child.clone(), paused)?,
+        };
+        self.vm = Some(vm.stay_paused(paused));
         let runs = matches!(*self.child.states().borrow(), ChildState::Running);
         if paused || runs {
             return Ok(());

@@ -122,6 +122,18 @@ impl Vm {
         self.alive.as_ref().map(|alive| alive.child.states().borrow().clone())
     }
 
+    /// The same, that an operator wants to stand still if `paused`.
+    pub(super) fn stay_paused(self, paused: bool) -> Self {
+        Self { paused, ..self }
+    }
+
+    /// Waits until everybody can see that it is in `state`, or has ended: who
+    /// asks right after a command must not be told what was before it.
+    async fn becomes(&self, state: &RunState) {
+        let mut seen = self.state.clone();
+        let _ = seen.wait_for(|now| now == state || matches!(now, RunState::Ended(_))).await;
+    }
+
     /// A migration of an earlier daemon may have left the tracking on.
     pub(super) async fn end_old_tracking(&mut self) {
         if let Some(alive) = &self.alive
@@ -270,12 +282,14 @@ impl Workload for Vm {
     async fn pause(&mut self) -> Result<(), WorkloadError> {
         self.alive()?.child.pause().await.map_err(told("pause it"))?;
         self.paused = true;
+        self.becomes(&RunState::Paused).await;
         Ok(())
     }
 
     async fn resume(&mut self) -> Result<(), WorkloadError> {
         self.alive()?.child.run().await.map_err(told("let it run"))?;
         self.paused = false;
+        self.becomes(&RunState::Running).await;
         Ok(())
     }
 
