@@ -57,7 +57,7 @@ fn check_manifest(manifest: &Manifest, lanes: u32) -> Result<(), Blocker> {
     let mut keys: Vec<_> = manifest.streams.iter().map(|s| s.key).collect();
     keys.sort_unstable();
     keys.dedup();
-    let odd = |length: u64| length == 0 || length % PAGE_SIZE != 0 || length > 1 << 46;
+    let odd = |length: u64| length == 0 || !length.is_multiple_of(PAGE_SIZE) || length > 1 << 46;
     if manifest.streams.iter().any(|s| s.name.len() > MAX_NAME) {
         return Err(bad("the name of a stream is too long".into()));
     }

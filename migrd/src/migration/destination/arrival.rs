@@ -52,7 +52,8 @@ enum Phase {
     Sealed(Held),
 }
 
-/// Whether the task goes on.
+/// Whether the task goes on. Moved once a command, so its size is no matter.
+#[allow(clippy::large_enum_variant)]
 enum Next {
     Wait(Arrival),
     Done,

@@ -22,6 +22,7 @@ pub(super) struct Held {
 }
 
 /// What came of an attempt to own it.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Owning {
     /// It runs.
     Runs(Duration),

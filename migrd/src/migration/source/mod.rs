@@ -217,15 +217,15 @@ impl Run {
         if let Some(lanes) = self.lanes.take() {
             drop(lanes);
         }
-        if self.frozen {
-            if let Err(error) = self.workload.thaw().await {
-                tracing::error!(%error, "the workload could not be set running again");
-            }
+        if self.frozen
+            && let Err(error) = self.workload.thaw().await
+        {
+            tracing::error!(%error, "the workload could not be set running again");
         }
-        if self.tracking {
-            if let Err(error) = self.workload.stop_tracking().await {
-                tracing::warn!(%error, "page tracking could not be switched off");
-            }
+        if self.tracking
+            && let Err(error) = self.workload.stop_tracking().await
+        {
+            tracing::warn!(%error, "page tracking could not be switched off");
         }
         if self.offered {
             let reason = cause.to_string();
