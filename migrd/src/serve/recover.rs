@@ -78,10 +78,8 @@ impl Recovery<'_> {
             self.vms.clear(identity.id).await;
         }
         let released = Released::remembered(
-            to.migration,
-            identity,
-            record.epoch,
-            record.paused,
+            record.clone(),
+            &to,
             self.peers.find(&to.address),
             self.journal.clone(),
             workload,

@@ -23,7 +23,7 @@ use crate::migration::phase::{
     Failure, MigrationError, Mode, Outcome, Phase, Progress, Report, Tally,
 };
 use crate::pages::PageSet;
-use crate::units::{Epoch, MigrationId};
+use crate::units::{Epoch, HostId, MigrationId};
 use crate::workload::{RunState, Workload};
 
 use released::{Released, Settled};
@@ -85,6 +85,8 @@ pub struct Context {
     pub here: String,
     /// The destination.
     pub peer: Arc<dyn Peer>,
+    /// Who the destination said it is.
+    pub peer_host: HostId,
     /// This host's journal.
     pub journal: Journal,
     /// Cancels it.
@@ -107,7 +109,11 @@ impl Context {
     }
 
     fn counterpart(&self) -> Counterpart {
-        Counterpart { migration: self.id, address: self.peer.address().to_owned() }
+        Counterpart {
+            migration: self.id,
+            address: self.peer.address().to_owned(),
+            host: self.peer_host,
+        }
     }
 }
 
