@@ -318,7 +318,10 @@ impl Owner {
             return RegistryError::Busy { name, migration };
         }
         let (state, hint) = match status.state {
-            State::Running => ("running", "; `migctl stop` it first".to_owned()),
+            State::Running if call == "removed" => {
+                ("running", "; `migctl stop` it first".to_owned())
+            }
+            State::Running => ("running", String::new()),
             State::Paused => ("paused already", String::new()),
             State::Stopped => ("stopped", format!(" ({})", status.reason)),
             State::Migrating => ("arriving", "; wait for it".to_owned()),
