@@ -6,12 +6,12 @@ use tonic::{Request, Response, Status};
 
 use super::convert::{manifest_from_wire, ms};
 use super::status::{self, invalid};
-use crate::migration::destination::Arrivals;
+use crate::migration::destination::{Arrivals, MAX_STREAMS};
 use crate::migration::journal::Counterpart;
 use crate::migration::link::{Offer, SealOrder, Standing};
 use crate::registry::Registry;
 use crate::units::{Epoch, MigrationId, WorkloadId};
-use crate::wire::PROTOCOL;
+use crate::wire::{PROTOCOL, limits};
 use crate::workload::vm::VmEngine;
 use crate::workload::{StreamHash, StreamKey};
 
@@ -42,6 +42,9 @@ impl PeerService {
     fn seal_order(&self, request: proto::SealRequest) -> Result<SealOrder, Status> {
         let proto::SealRequest { migration_id, lane_batches, state, state_crc32, hashes } = request;
         let bad = |what: &str| invalid(self.here(), what);
+        if lane_batches.len() > limits::MAX_LANES || hashes.len() > MAX_STREAMS {
+            return Err(bad("it speaks of more lanes or streams than are possible"));
+        }
         if crc32fast::hash(&state) != state_crc32 {
             return Err(bad("the state was damaged on its way: its CRC-32 differs"));
         }

@@ -413,8 +413,13 @@ impl Registry {
     /// When it has not ended, is in doubt, or is being migrated.
     pub async fn remove(&self, name: &str) -> Result<(), RegistryError> {
         let id = self.find(name)?.identity.id;
-        self.ask(name, Command::Remove).await?;
-        self.shared.table().owners.remove(&id);
+        let owner = self.owner(name)?;
+        owner.ask(Command::Remove).await?;
+        // It may have come back in this very moment, to a new owner.
+        let mut table = self.shared.table();
+        if table.owners.get(&id).is_some_and(|now| now.is(&owner)) {
+            table.owners.remove(&id);
+        }
         Ok(())
     }
 
@@ -555,9 +560,10 @@ impl Registry {
             }
         };
         if let Err(error) = workload.resume().await {
-            let (journal, identity) = (self.shared.journal.clone(), record.identity);
+            let journal = self.shared.journal.clone();
             workload.discard().await;
-            blocking(move || journal.record(&identity, &Event::Removed)).await?;
+            blocking(move || journal.record(&record.identity, &Event::Removed(record.epoch)))
+                .await?;
             return Err(error.into());
         }
         self.take_in(record, Some(workload));
@@ -588,6 +594,11 @@ impl Table {
             status.identity.name == name && status.state != State::Gone
         };
         self.owners.values().any(here) || self.arriving.values().any(|a| a.name == name)
+    }
+
+    /// Two attempts to move the same workload here would share its directory.
+    fn arrives(&self, workload: WorkloadId) -> bool {
+        self.arriving.values().any(|a| a.workload == workload)
     }
 
     /// Memory promised to workloads and not yet touched by them, in bytes.
@@ -663,6 +674,14 @@ impl Host for Registry {
         dry_run: bool,
     ) -> Result<Claim, Blocker> {
         let mut table = self.shared.table();
+        if table.arriving.contains_key(&migration) || table.arrives(manifest.workload) {
+            return Err(Blocker {
+                code: "arriving".into(),
+                message: format!("{} is arriving on {} already", manifest.name, self.shared.here),
+                remedy: "wait a minute for the other attempt to end, then start again".into(),
+                host: self.shared.here.clone(),
+            });
+        }
         if table.name_taken(&manifest.name) {
             return Err(Blocker {
                 code: "name-taken".into(),
@@ -698,7 +717,7 @@ impl Host for Registry {
 
 fn state_of(record: &WorkloadRecord, run: &RunState) -> (State, String) {
     match (&record.ownership, run) {
-        (Ownership::Gone(_) | Ownership::Removed | Ownership::Never, _) => {
+        (Ownership::Gone(_) | Ownership::Removed(_) | Ownership::Never, _) => {
             (State::Gone, String::new())
         }
         (Ownership::Released(_), _) => (State::InDoubt, String::new()),

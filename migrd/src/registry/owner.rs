@@ -94,6 +94,11 @@ fn put<T>(slot: &Mutex<Option<T>>, value: Option<T>) {
 }
 
 impl OwnerHandle {
+    /// Whether both lead to the same owner.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.published, &other.published)
+    }
+
     pub(super) fn status(&self) -> Status {
         self.published.status.borrow().clone()
     }
@@ -219,7 +224,7 @@ impl Owner {
         }
         let peer = match &self.record.ownership {
             Ownership::Released(to) | Ownership::Gone(to) => to.address.clone(),
-            Ownership::Never | Ownership::Owned | Ownership::Removed => String::new(),
+            Ownership::Never | Ownership::Owned | Ownership::Removed(_) => String::new(),
         };
         if state == State::InDoubt {
             reason.clone_from(&self.doubt);
@@ -386,7 +391,7 @@ impl Owner {
         {
             engine.clear(self.record.identity.id).await;
         }
-        self.journal(Event::Removed).await?;
+        self.journal(Event::Removed(self.record.epoch)).await?;
         if let Holding::Here(workload) = std::mem::replace(&mut self.holding, Holding::Gone) {
             workload.discard().await;
         }
@@ -532,9 +537,13 @@ impl Owner {
         }
         match (released.into_workload(), run_here) {
             (Some(mut workload), true) => {
-                workload.thaw().await?;
-                workload.stop_tracking().await?;
+                let thawed = workload.thaw().await;
+                if let Err(error) = workload.stop_tracking().await {
+                    tracing::warn!(%error, "page tracking could not be switched off");
+                }
+                // It is this host's now, whether it runs or not.
                 self.hold(Holding::Here(workload));
+                thawed?;
             }
             (Some(workload), false) => {
                 workload.discard().await;
@@ -558,7 +567,7 @@ impl Owner {
         let (back, name) = (self.back.0.clone(), self.name());
         self.shared.tasks.spawn(async move {
             let told = |why: &str| tracing::warn!(workload = name, why, "in doubt");
-            let settled = interrupt.run_until_cancelled(released.settle(told)).await;
+            let settled = released.settle(&interrupt, told).await;
             let news = match settled {
                 Some(settled) => Back::Settled(settled, released),
                 None => Back::Interrupted(released),

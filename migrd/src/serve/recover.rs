@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use crate::migration::destination::{Arrivals, Remembered};
-use crate::migration::journal::{Event, Journal, JournalError, WorkloadRecord};
+use crate::migration::journal::{Event, Journal, JournalError, Ownership, WorkloadRecord};
 use crate::migration::recovery::{Duty, duty};
 use crate::migration::source::released::Released;
 use crate::registry::Registry;
@@ -43,7 +43,10 @@ pub(super) async fn recover(
             Duty::Run { paused } => recovery.run(record, paused).await,
             Duty::Settle(_) => recovery.settle(record).await,
             Duty::Await(_) => recovery.wait(record).await?,
-            Duty::Nothing => registry.remember_gone(record),
+            Duty::Nothing if matches!(record.ownership, Ownership::Gone(_)) => {
+                registry.remember_gone(record);
+            }
+            Duty::Nothing => {}
         }
     }
     Ok(())
@@ -99,7 +102,9 @@ impl Recovery<'_> {
         let event = Event::Discarded(sealed.from.migration);
         let record = self.journal.record(&record.identity, &event)?;
         self.vms.clear(record.identity.id).await;
-        self.registry.remember_gone(record);
+        if matches!(record.ownership, Ownership::Gone(_)) {
+            self.registry.remember_gone(record);
+        }
         Ok(())
     }
 }

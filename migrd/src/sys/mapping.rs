@@ -113,8 +113,7 @@ impl GuestMapping {
     pub fn populated(&self, key: StreamKey) -> io::Result<PageBitmap> {
         let Some(extent) = self.extent(key) else { return Ok(PageBitmap::none(self.pages(key))) };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let pages =
-            known.entry(key).or_insert_with(|| PageBitmap::none(extent.length / PAGE_SIZE));
+        let pages = known.entry(key).or_insert_with(|| PageBitmap::none(extent.length / PAGE_SIZE));
         // Memory that was found once stays, so only the gaps are looked at: to
         // look at everything costs some ms a GiB, and the guest may stand still.
         let mut gaps = PageBitmap::all(pages.pages());

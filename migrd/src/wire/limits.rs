@@ -1,6 +1,7 @@
 //! Every limit of the bulk path, and what breaks it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::codec::{BatchHead, Run, RunKind};
 use crate::units::PAGE_SIZE;
@@ -24,6 +25,9 @@ pub const DEFAULT_LANES: u32 = 4;
 pub const PAGES_PER_TURN: u64 = 256;
 /// Bytes a sender leaves unacknowledged on one lane.
 pub const MAX_IN_FLIGHT: usize = 8 << 20;
+/// How long a lane may have batches under way without an acknowledgement. A
+/// peer that answers pings and takes nothing must not hold the workload.
+pub const STALL: Duration = Duration::from_secs(30);
 /// Pages a sender queues, unread, for one lane.
 pub const MAX_QUEUED_PAGES: usize = 2048;
 

@@ -25,7 +25,7 @@ use tonic::{Code, Status};
 use tower::{Service, ServiceExt};
 
 use super::batch::{Encoded, Filler};
-use super::limits::{MAX_IN_FLIGHT, MAX_LANES, MAX_QUEUED_PAGES, PAGES_PER_TURN};
+use super::limits::{MAX_IN_FLIGHT, MAX_LANES, MAX_QUEUED_PAGES, PAGES_PER_TURN, STALL};
 use super::{LANE_KEY, MIGRATION_KEY, TRANSFER, client_settings, deepest};
 use crate::migration::link::{LaneTotals, LinkError, PageLanes};
 use crate::units::{MigrationId, PageIndex, PageRun};
@@ -124,6 +124,7 @@ impl SendLanes {
         let counters = Arc::new(Counters::default());
         let (applied, acked) = watch::channel(0);
         let failure = Arc::clone(&self.failure);
+        let lane_peer = peer.clone();
         let sent = Arc::clone(&counters);
         self.tasks.spawn(async move {
             if let Err(error) = read_acks(acks, &applied, &sent, &peer).await {
@@ -140,8 +141,13 @@ impl SendLanes {
         let failure = Arc::clone(&self.failure);
         let room_of_writer = Arc::clone(&room);
         self.tasks.spawn(async move {
-            if let Err(Stopped::Source(error)) = writer.run(queue, &room_of_writer).await {
-                fail(&failure, error.into());
+            match writer.run(queue, &room_of_writer).await {
+                Ok(()) | Err(Stopped::Lane) => {}
+                Err(Stopped::Source(error)) => fail(&failure, error.into()),
+                Err(Stopped::Stalled) => {
+                    let cause = format!("it took no pages for {STALL:?}");
+                    fail(&failure, LinkError::Lost { peer: lane_peer, cause });
+                }
             }
         });
         self.lanes.push(Lane { jobs, room, counters });
@@ -288,6 +294,16 @@ enum Stopped {
     /// The lane is gone; the reader of acknowledgements says why.
     Lane,
     Source(crate::workload::OutOfStream),
+    /// The peer acknowledges nothing, or does not let anything through.
+    Stalled,
+}
+
+/// Waits for the peer to go on with a lane.
+async fn in_time<T, E>(progress: impl Future<Output = Result<T, E>>) -> Result<T, Stopped> {
+    match tokio::time::timeout(STALL, progress).await {
+        Ok(went) => went.map_err(|_| Stopped::Lane),
+        Err(_) => Err(Stopped::Stalled),
+    }
 }
 
 struct Writer {
@@ -358,7 +374,7 @@ impl Writer {
         counters.bytes.fetch_add(size as u64, Ordering::AcqRel);
         self.in_flight.push_back((batches, size));
         for part in [head, data].into_iter().filter(|part| !part.is_empty()) {
-            self.frames.send(part).await.map_err(|_| Stopped::Lane)?;
+            in_time(self.frames.send(part)).await?;
         }
         Ok(())
     }
@@ -373,7 +389,50 @@ impl Writer {
             if self.in_flight.iter().map(|(_, size)| size).sum::<usize>() <= most {
                 return Ok(());
             }
-            self.acked.changed().await.map_err(|_| Stopped::Lane)?;
+            in_time(self.acked.changed()).await?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workload::fake::{Census, Guest, STREAM};
+
+    /// A lane whose peer takes `taken` frames and never acknowledges one.
+    async fn flush_to_a_peer_that_acknowledges_nothing(taken: usize) -> Result<(), Stopped> {
+        let guest = Guest::empty(&Arc::new(Census::default()), 4);
+        guest.write_page(0, 7);
+        let (frames, mut body) = mpsc::channel(1);
+        let (_applied, acked) = watch::channel(0);
+        let writer = Writer {
+            filler: Filler::new(guest),
+            frames,
+            acked,
+            in_flight: VecDeque::new(),
+            counters: Arc::default(),
+        };
+        let (jobs, queue) = mpsc::unbounded_channel();
+        let run = PageRun { first: PageIndex(0), count: 1 };
+        assert!(jobs.send(Job::Pages(STREAM, run)).is_ok());
+        let (done, _flushed) = oneshot::channel();
+        assert!(jobs.send(Job::Flush(done)).is_ok());
+        let reading = tokio::spawn(async move {
+            for _ in 0..taken {
+                body.recv().await;
+            }
+            std::future::pending::<()>().await;
+        });
+        let ended = writer.run(queue, &Semaphore::new(0)).await;
+        reading.abort();
+        ended
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_acknowledges_nothing_is_given_up() {
+        for taken in [0, 2] {
+            let ended = flush_to_a_peer_that_acknowledges_nothing(taken).await;
+            assert!(matches!(ended, Err(Stopped::Stalled)), "{taken} frames taken");
         }
     }
 }

@@ -8,13 +8,13 @@ use super::{Shared, identity};
 use crate::migration::failpoint;
 use crate::migration::journal::{Counterpart, Ownership};
 use crate::migration::link::{Blocker, Offer};
-use crate::units::PAGE_SIZE;
+use crate::units::{Epoch, PAGE_SIZE};
 use crate::workload::Manifest;
 
 /// The most lanes a migration may use.
 pub const MAX_LANES: u32 = 16;
 /// The most streams a workload may have.
-const MAX_STREAMS: usize = 1024;
+pub const MAX_STREAMS: usize = 1024;
 /// The longest name of a stream or workload, in bytes.
 const MAX_NAME: usize = 63;
 /// The longest config of a kind, in bytes.
@@ -58,7 +58,10 @@ fn check_manifest(manifest: &Manifest, lanes: u32) -> Result<(), Blocker> {
     let mut keys: Vec<_> = manifest.streams.iter().map(|s| s.key).collect();
     keys.sort_unstable();
     keys.dedup();
-    let odd = |length: u64| length == 0 || length % PAGE_SIZE != 0 || length > 1 << 46;
+    let odd = |length: u64| length == 0 || !length.is_multiple_of(PAGE_SIZE) || length > 1 << 46;
+    if manifest.streams.iter().any(|s| s.name.len() > MAX_NAME) {
+        return Err(bad("the name of a stream is too long".into()));
+    }
     if keys.len() != manifest.streams.len() || manifest.streams.iter().any(|s| odd(s.length)) {
         return Err(bad("the streams repeat or have impossible lengths".into()));
     }
@@ -111,6 +114,10 @@ pub(super) async fn accept(
     Ok(Some(Arrival::receiving(facts, workload, intake)))
 }
 
+/// The latest epoch that is taken: no honest workload changes hands as often,
+/// and the epochs after it must exist.
+const MAX_EPOCH: Epoch = Epoch(1 << 62);
+
 /// Whether the journal allows that workload to come here in that epoch.
 fn check_journal(shared: &Shared, offer: &Offer) -> Result<(), Blocker> {
     let unreadable = |e: crate::migration::journal::JournalError| {
@@ -122,6 +129,10 @@ fn check_journal(shared: &Shared, offer: &Offer) -> Result<(), Blocker> {
     if shared.journal.is_discarded(offer.migration).map_err(unreadable)? {
         return Err(blocker("discarded", "this migration was discarded here", "start a new one"));
     }
+    if offer.epoch <= Epoch::FIRST || offer.epoch > MAX_EPOCH {
+        let message = format!("epoch {} can't be that of a workload that moves", offer.epoch);
+        return Err(blocker("bad-epoch", message, "see the log of the source's migrd"));
+    }
     let Some(record) = shared.journal.get(offer.manifest.workload).map_err(unreadable)? else {
         return Ok(());
     };
@@ -132,7 +143,7 @@ fn check_journal(shared: &Shared, offer: &Offer) -> Result<(), Blocker> {
             "{name} was given away by this host to {} and that is not settled",
             to.address
         )),
-        Ownership::Never | Ownership::Gone(_) | Ownership::Removed => None,
+        Ownership::Never | Ownership::Gone(_) | Ownership::Removed(_) => None,
     };
     if let Some(message) = here {
         return Err(blocker("already-here", message, "see `migctl list` on this host"));

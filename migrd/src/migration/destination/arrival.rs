@@ -52,7 +52,8 @@ enum Phase {
     Sealed(Held),
 }
 
-/// Whether the task goes on.
+/// Whether the task goes on. Moved once a command, so its size is no matter.
+#[allow(clippy::large_enum_variant)]
 enum Next {
     Wait(Arrival),
     Done,
@@ -147,7 +148,6 @@ impl Arrival {
             Phase::Receiving { mut workload, intake } => {
                 let facts = self.facts;
                 let sealed = sealed::seal(&facts, workload.as_mut(), &intake, &order).await;
-                intake.close("the migration is sealed");
                 match sealed {
                     Ok(report) => {
                         let _ = reply.send(Ok(report));

@@ -16,10 +16,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::migration::journal::{Counterpart, Identity, Journal, JournalError, WorkloadRecord};
 use crate::migration::link::{Blocker, LaneGate, Offer, Peer, SealOrder, SealReport, Standing};
+use crate::migration::recovery::standing_at_destination;
 use crate::units::{Epoch, MigrationId, WorkloadId};
 use crate::workload::{Arriving, Engine, Kind, Manifest, Workload, WorkloadError};
 
-pub use accepted::{MAX_LANES, valid_name};
+pub use accepted::{MAX_LANES, MAX_STREAMS, valid_name};
 use arrival::{Arrival, Command};
 
 /// How long things may take at the destination.
@@ -248,15 +249,11 @@ impl Arrivals {
             Err(ArrivalError::Unknown(_)) => {}
             other => return other,
         }
-        if let Some(record) = self.shared.journal.get(workload)? {
-            let sealed = record.sealed.as_ref();
-            if sealed.is_some_and(|s| s.from.migration == migration) {
-                return Ok(Standing::Sealed);
-            }
-            if record.epoch >= epoch {
-                let given_back = self.shared.journal.is_discarded(migration)?;
-                return Ok(if given_back { Standing::Discarded } else { Standing::Owned });
-            }
+        let record = self.shared.journal.get(workload)?;
+        let promised = self.shared.journal.is_discarded(migration)?;
+        let known = standing_at_destination(record.as_ref(), migration, epoch, promised);
+        if let Some(standing) = known {
+            return Ok(standing);
         }
         let journal = self.shared.journal.clone();
         let promised = tokio::task::spawn_blocking(move || journal.discard_unknown(migration));

@@ -10,7 +10,7 @@ use crate::migration::failpoint;
 use crate::migration::journal::{Event, Identity, JournalError, Sealed, WorkloadRecord};
 use crate::migration::link::{Intake, SealOrder, SealReport};
 use crate::units::MigrationId;
-use crate::workload::{Arriving, StreamHash};
+use crate::workload::{Arriving, StreamHash, WorkloadError};
 
 /// How often a start is tried before the workload is handed back.
 const START_TRIES: u32 = 2;
@@ -23,6 +23,7 @@ pub(super) struct Held {
 }
 
 /// What came of an attempt to own it.
+#[allow(clippy::large_enum_variant)]
 pub(super) enum Owning {
     /// It runs.
     Runs(Duration),
@@ -41,6 +42,8 @@ pub(super) async fn seal(
 ) -> Result<SealReport, ArrivalError> {
     let started = Instant::now();
     intake.complete(&order.batches).await.map_err(ArrivalError::Incomplete)?;
+    // What came after would be in no hash and change what was loaded.
+    intake.close("everything has arrived");
     let hashing = Instant::now();
     let verified = !order.hashes.is_empty();
     if verified {
@@ -80,30 +83,35 @@ pub(super) async fn own(arrival: Facts, mut held: Held, forced: bool) -> Owning 
         Err(error) => return Owning::StillSealed(arrival, held, error.into()),
     };
     failpoint::reach(format_args!("destination-owned"));
-    let mut result = held.workload.start(arrival.paused).await;
+    loop {
+        let Err(error) = start(&mut held, arrival.paused).await else {
+            failpoint::reach(format_args!("destination-running"));
+            let Facts { shared, claim, .. } = arrival;
+            shared.host.arrived(record, held.workload.arrived(), claim).await;
+            return Owning::Runs(started.elapsed());
+        };
+        tracing::error!(%migration, %error, "the workload could not be started");
+        let back = Event::NeverRan(arrival.from.clone());
+        let Err(unwritten) = write(&arrival.shared, &arrival.identity, back).await else {
+            held.workload.discard().await;
+            return Owning::NeverRan(error.into());
+        };
+        // The journal says that it is this host's, and its source would drop its
+        // own copy if it heard so: this one must not be lost.
+        tracing::error!(%migration, error = %unwritten, "and could not be handed back");
+        tokio::time::sleep(arrival.shared.patience.ask).await;
+    }
+}
+
+async fn start(held: &mut Held, paused: bool) -> Result<(), WorkloadError> {
+    let mut result = held.workload.start(paused).await;
     for _ in 1..START_TRIES {
         if result.is_ok() {
             break;
         }
-        result = held.workload.start(arrival.paused).await;
+        result = held.workload.start(paused).await;
     }
-    match result {
-        Ok(()) => {
-            failpoint::reach(format_args!("destination-running"));
-            let Facts { shared, claim, .. } = arrival;
-            shared.host.arrived(record, held.workload.arrived(), claim).await;
-            Owning::Runs(started.elapsed())
-        }
-        Err(error) => {
-            tracing::error!(%migration, %error, "the workload could not be started");
-            let back = Event::NeverRan(arrival.from.clone());
-            if let Err(error) = write(&arrival.shared, &arrival.identity, back).await {
-                tracing::error!(%migration, %error, "and could not be handed back");
-            }
-            held.workload.discard().await;
-            Owning::NeverRan(error.into())
-        }
-    }
+    result
 }
 
 async fn write(

@@ -17,12 +17,12 @@ use crate::units::{HostId, MigrationId, WorkloadId};
 
 const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 const WORKLOADS: TableDefinition<'_, &[u8; 16], &[u8]> = TableDefinition::new("workloads");
-/// Migrations this host will never run, by when it said so. An id that is in
+/// Migrations this host will never run, in the order it said so. An id that is in
 /// no table is refused just as well, so old ones may be dropped.
 const DISCARDED: TableDefinition<'_, &[u8; 16], u64> = TableDefinition::new("discarded");
 
 /// How many promises are kept before the oldest are dropped.
-const DISCARDED_KEPT: u64 = 4096;
+const DISCARDED_KEPT: usize = 4096;
 /// Version of the records' encoding.
 const VERSION: u8 = 1;
 
@@ -197,11 +197,12 @@ impl Journal {
                 None => WorkloadRecord::never(identity.clone()),
             };
             let mut next = before.after(event)?;
-            if let Event::Sealed(sealed) = event {
+            if let Event::Sealed(Sealed { from: Counterpart { migration, .. }, .. })
+            | Event::Activated(migration) = event
+            {
                 let promises = write.open_table(DISCARDED).map_err(storage)?;
-                let id = sealed.from.migration;
-                if promises.get(id.as_bytes()).map_err(storage)?.is_some() {
-                    return Err(JournalError::Promised(id));
+                if promises.get(migration.as_bytes()).map_err(storage)?.is_some() {
+                    return Err(JournalError::Promised(*migration));
                 }
             }
             next.identity = identity.clone();
@@ -221,7 +222,7 @@ impl Journal {
                 | Event::Activated(_)
                 | Event::ForcedHere
                 | Event::GivenUp
-                | Event::Removed => {}
+                | Event::Removed(_) => {}
             }
             next
         };
@@ -242,16 +243,18 @@ impl Journal {
 
 fn promise(write: &redb::WriteTransaction, migration: MigrationId) -> Result<(), JournalError> {
     let mut table = write.open_table(DISCARDED).map_err(storage)?;
-    table.insert(migration.as_bytes(), crate::units::unix_ms().unsigned_abs()).map_err(storage)?;
-    let count = redb::ReadableTableMetadata::len(&table).map_err(storage)?;
-    if count > DISCARDED_KEPT {
-        let mut oldest: Vec<(u64, [u8; 16])> = Vec::new();
-        for entry in table.iter().map_err(storage)? {
-            let (key, when) = entry.map_err(storage)?;
-            oldest.push((when.value(), *key.value()));
-        }
-        oldest.sort_unstable();
-        for (_, key) in oldest.iter().take(oldest.len() / 4) {
+    let mut given: Vec<(u64, [u8; 16])> = Vec::new();
+    for entry in table.iter().map_err(storage)? {
+        let (key, place) = entry.map_err(storage)?;
+        given.push((place.value(), *key.value()));
+    }
+    given.sort_unstable();
+    // Numbered, not timed: the newest stays the newest if the clock goes back.
+    let place = given.last().map_or(0, |(last, _)| last.saturating_add(1));
+    table.insert(migration.as_bytes(), place).map_err(storage)?;
+    if given.len() >= DISCARDED_KEPT {
+        let again = migration.as_bytes();
+        for (_, key) in given.iter().filter(|(_, k)| k != again).take(given.len() / 4) {
             table.remove(key).map_err(storage)?;
         }
     }

@@ -9,7 +9,7 @@ use crate::units::{Epoch, MigrationId, WorkloadId};
 use crate::workload::Kind;
 
 /// The other host of a hand-over.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Counterpart {
     /// The migration that connects the two.
     pub migration: MigrationId,
@@ -18,7 +18,7 @@ pub struct Counterpart {
 }
 
 /// Whose the workload is, as far as this host may say.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ownership {
     /// It was never here.
@@ -29,12 +29,13 @@ pub enum Ownership {
     Released(Counterpart),
     /// The peer took it in the record's epoch.
     Gone(Counterpart),
-    /// An operator removed it here.
-    Removed,
+    /// An operator removed it here; who had it then, if it was elsewhere: that
+    /// one may still ask whether it was released to it.
+    Removed(Option<Counterpart>),
 }
 
 /// A complete copy that waits for the source's word.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Sealed {
     /// Where it came from.
     pub from: Counterpart,
@@ -45,7 +46,7 @@ pub struct Sealed {
 }
 
 /// What a workload is made of; it does not change while the workload lives.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Identity {
     /// Its id, on every host.
     pub id: WorkloadId,
@@ -64,7 +65,7 @@ pub struct Identity {
 }
 
 /// The journal's entry for one workload.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct WorkloadRecord {
     /// Who it is.
     pub identity: Identity,
@@ -103,10 +104,11 @@ pub enum Event {
     NeverRan(Counterpart),
     /// An operator says that it runs here, whatever the peer does.
     ForcedHere,
-    /// An operator says that it is not this host's any more.
+    /// An operator says that what was released is not this host's any more. A
+    /// sealed copy is given up by `Discarded`, which promises it to the source.
     GivenUp,
-    /// An operator removed it.
-    Removed,
+    /// An operator removed what he knew in this epoch.
+    Removed(Epoch),
 }
 
 /// An event that a record does not allow: a mistake of a peer or of ours.
@@ -141,7 +143,7 @@ impl WorkloadRecord {
             (Ownership::Owned, None) => "owned",
             (Ownership::Released(_), None) => "released",
             (Ownership::Gone(_), None) => "gone",
-            (Ownership::Removed, None) => "removed",
+            (Ownership::Removed(_), None) => "removed",
         }
     }
 
@@ -152,7 +154,7 @@ impl WorkloadRecord {
             | Ownership::Never
             | Ownership::Owned
             | Ownership::Gone(_)
-            | Ownership::Removed => None,
+            | Ownership::Removed(_) => None,
         }
     }
 
@@ -198,7 +200,7 @@ impl WorkloadRecord {
             Event::Sealed(sealed) => {
                 let elsewhere = matches!(
                     self.ownership,
-                    Ownership::Never | Ownership::Gone(_) | Ownership::Removed
+                    Ownership::Never | Ownership::Gone(_) | Ownership::Removed(_)
                 );
                 if !elsewhere || self.sealed.is_some() || sealed.epoch <= self.epoch {
                     return Err(refused());
@@ -223,13 +225,17 @@ impl WorkloadRecord {
             }
             Event::ForcedHere => next.force_here().ok_or_else(refused)?,
             Event::GivenUp => next.give_up().ok_or_else(refused)?,
-            Event::Removed => {
-                if matches!(self.ownership, Ownership::Never | Ownership::Released(_))
-                    || self.sealed.is_some()
-                {
+            Event::Removed(epoch) => {
+                // What has come back since is not what was to be removed.
+                if self.sealed.is_some() || self.epoch != *epoch {
                     return Err(refused());
                 }
-                next.ownership = Ownership::Removed;
+                next.ownership = match &self.ownership {
+                    Ownership::Owned => Ownership::Removed(None),
+                    Ownership::Gone(to) => Ownership::Removed(Some(to.clone())),
+                    Ownership::Removed(_) => return Ok(next),
+                    Ownership::Never | Ownership::Released(_) => return Err(refused()),
+                };
             }
         }
         Ok(next)
@@ -251,9 +257,6 @@ impl WorkloadRecord {
     }
 
     fn give_up(&mut self) -> Option<()> {
-        if self.sealed.take().is_some() {
-            return Some(());
-        }
         let Ownership::Released(to) = &self.ownership else { return None };
         self.ownership = Ownership::Gone(to.clone());
         Some(())

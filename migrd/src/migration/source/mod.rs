@@ -219,15 +219,15 @@ impl Run {
         if let Some(lanes) = self.lanes.take() {
             drop(lanes);
         }
-        if self.frozen {
-            if let Err(error) = self.workload.thaw().await {
-                tracing::error!(%error, "the workload could not be set running again");
-            }
+        if self.frozen
+            && let Err(error) = self.workload.thaw().await
+        {
+            tracing::error!(%error, "the workload could not be set running again");
         }
-        if self.tracking {
-            if let Err(error) = self.workload.stop_tracking().await {
-                tracing::warn!(%error, "page tracking could not be switched off");
-            }
+        if self.tracking
+            && let Err(error) = self.workload.stop_tracking().await
+        {
+            tracing::warn!(%error, "page tracking could not be switched off");
         }
         if self.offered {
             let reason = cause.to_string();
@@ -282,6 +282,22 @@ impl Interrupt {
             () = late => Err(MigrationError::TimedOut(self.timeout)),
             done = work => done.map_err(Into::into),
         }
+    }
+}
+
+/// `call`, for at most `wait`. A peer whose connection is well and which never
+/// answers must not hold the workload for ever.
+async fn within<T>(
+    peer: &Arc<dyn Peer>,
+    wait: Duration,
+    call: impl Future<Output = Result<T, LinkError>>,
+) -> Result<T, LinkError> {
+    match tokio::time::timeout(wait, call).await {
+        Ok(answer) => answer,
+        Err(_) => Err(LinkError::Lost {
+            peer: peer.address().to_owned(),
+            cause: format!("no answer within {wait:?}"),
+        }),
     }
 }
 

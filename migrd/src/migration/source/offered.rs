@@ -1,11 +1,16 @@
 //! Offered: the destination has checked the manifest, reserved memory and made
 //! an empty workload; the lanes are open. Nothing of the workload was touched.
 
+use std::time::Duration;
+
 use super::precopy::Copied;
-use super::{Aborted, Run};
+use super::{Aborted, Run, within};
 use crate::migration::link::Offer;
 use crate::migration::phase::{MigrationError, Mode, Phase};
 use crate::workload::Manifest;
+
+/// How long the peer has to prepare an empty workload, and to take the lanes.
+const PREPARE_WAIT: Duration = Duration::from_secs(30);
 
 /// The peer is ready to receive.
 pub(super) struct Offered(Run);
@@ -19,7 +24,7 @@ impl Offered {
         // From here on the peer may hold something, even if no answer comes.
         run.offered = true;
         let mut interrupt = run.interrupt();
-        let blockers = interrupt.guard(peer.offer(&offer)).await;
+        let blockers = interrupt.guard(within(&peer, PREPARE_WAIT, peer.offer(&offer))).await;
         let (mut run, blockers) = run.or_abort(blockers).await?;
         if !blockers.is_empty() {
             run.offered = false;
@@ -27,7 +32,8 @@ impl Offered {
         }
         run.enter(Phase::Offered);
         let (streams, chunks) = (run.workload.streams(), run.workload.chunks());
-        let opened = interrupt.guard(peer.lanes(id, &streams, chunks, lanes)).await;
+        let opening = within(&peer, PREPARE_WAIT, peer.lanes(id, &streams, chunks, lanes));
+        let opened = interrupt.guard(opening).await;
         let (mut run, lanes) = run.or_abort(opened).await?;
         run.lanes = Some(lanes);
         Ok(Self(run))

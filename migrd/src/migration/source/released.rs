@@ -6,11 +6,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio_util::sync::CancellationToken;
+
 use super::stopped::fixed_part;
-use super::{Context, End, Record};
+use super::{Context, End, Record, within};
 use crate::migration::failpoint;
 use crate::migration::journal::{Event, Identity, Journal, JournalError};
-use crate::migration::link::{LinkError, Peer, Standing};
+use crate::migration::link::{Peer, Standing};
 use crate::migration::phase::{Failure, Outcome, Phase};
 use crate::units::{Epoch, MigrationId};
 use crate::workload::Workload;
@@ -45,6 +47,16 @@ pub enum Settled {
     TakenBack,
     /// Nobody knows: why.
     InDoubt(String),
+}
+
+/// What the peer said.
+enum Answer {
+    /// It owns it.
+    Taken,
+    /// It will never run it.
+    Never,
+    /// Nothing that decides: why.
+    None(String),
 }
 
 impl Released {
@@ -88,7 +100,8 @@ impl Released {
         let deadline = Instant::now() + DOUBT_AFTER;
         let mut pause = ASK_PAUSE.0;
         loop {
-            let settled = self.try_settle().await;
+            let answer = self.ask().await;
+            let settled = self.follow(answer).await;
             if !matches!(settled, Settled::InDoubt(_)) || Instant::now() >= deadline {
                 return settled;
             }
@@ -98,38 +111,51 @@ impl Released {
     }
 
     /// Tells and asks the peer until it has answered, however long that takes.
-    /// `tell` hears why it is still in doubt.
-    pub async fn settle(&mut self, mut tell: impl FnMut(&str) + Send) -> Settled {
+    /// `tell` hears why it is still in doubt. `None` after `interrupt`, which
+    /// cuts short questions and pauses, but never what follows from an answer:
+    /// the journal and the workload would part.
+    pub async fn settle(
+        &mut self,
+        interrupt: &CancellationToken,
+        mut tell: impl FnMut(&str) + Send,
+    ) -> Option<Settled> {
         let mut pause = ASK_PAUSE.0;
         loop {
-            match self.try_settle().await {
+            let answer = interrupt.run_until_cancelled(self.ask()).await?;
+            match self.follow(answer).await {
                 Settled::InDoubt(why) => tell(&why),
-                settled @ (Settled::Gone | Settled::TakenBack) => return settled,
+                settled @ (Settled::Gone | Settled::TakenBack) => return Some(settled),
             }
-            tokio::time::sleep(pause).await;
+            interrupt.run_until_cancelled(tokio::time::sleep(pause)).await?;
             pause = (pause * 2).min(ASK_PAUSE.1);
         }
     }
 
     /// One attempt: Activate, and if that gives no plain yes, Resolve.
-    async fn try_settle(&mut self) -> Settled {
+    async fn ask(&self) -> Answer {
         let activate = self.peer.activate(self.migration, self.epoch);
-        let failed = match within(&self.peer, activate).await {
-            Ok(_) => {
-                self.resume = self.since.elapsed();
-                return self.confirmed().await;
-            }
+        let failed = match within(&self.peer, ANSWER_WAIT, activate).await {
+            Ok(_) => return Answer::Taken,
             Err(error) => error,
         };
         let asked = self.peer.resolve(self.migration, self.identity.id, self.epoch, true);
-        match within(&self.peer, asked).await {
-            Ok(Standing::Owned) => {
+        match within(&self.peer, ANSWER_WAIT, asked).await {
+            Ok(Standing::Owned) => Answer::Taken,
+            Ok(Standing::Discarded) => Answer::Never,
+            Ok(standing) => Answer::None(format!("{failed}; it says {standing:?}")),
+            Err(error) => Answer::None(error.to_string()),
+        }
+    }
+
+    /// Does what the peer's answer asks for.
+    async fn follow(&mut self, answer: Answer) -> Settled {
+        match answer {
+            Answer::Taken => {
                 self.resume = self.since.elapsed();
                 self.confirmed().await
             }
-            Ok(Standing::Discarded) => self.take_back().await,
-            Ok(standing) => Settled::InDoubt(format!("{failed}; it says {standing:?}")),
-            Err(error) => Settled::InDoubt(error.to_string()),
+            Answer::Never => self.take_back().await,
+            Answer::None(why) => Settled::InDoubt(why),
         }
     }
 
@@ -223,19 +249,5 @@ impl Released {
                 End::InDoubt(self, report)
             }
         }
-    }
-}
-
-/// `call`, for at most [`ANSWER_WAIT`].
-async fn within<T>(
-    peer: &Arc<dyn Peer>,
-    call: impl Future<Output = Result<T, LinkError>>,
-) -> Result<T, LinkError> {
-    match tokio::time::timeout(ANSWER_WAIT, call).await {
-        Ok(answer) => answer,
-        Err(_) => Err(LinkError::Lost {
-            peer: peer.address().to_owned(),
-            cause: format!("no answer within {ANSWER_WAIT:?}"),
-        }),
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::precopy::{no_lanes, skipped};
 use super::released::Released;
-use super::{Aborted, Record, Run, send_pages};
+use super::{Aborted, Record, Run, send_pages, within};
 use crate::migration::failpoint;
 use crate::migration::journal::Event;
 use crate::migration::link::SealOrder;
@@ -40,7 +40,8 @@ impl Stopped {
         let Self { run, order } = self;
         let started = Instant::now();
         let peer = run.context().peer.clone();
-        let report = run.interrupt().guard(peer.seal(&order)).await;
+        let wait = seal_wait(run.context().identity.memory_bytes, !order.hashes.is_empty());
+        let report = run.interrupt().guard(within(&peer, wait, peer.seal(&order))).await;
         let (mut run, report) = run.or_abort(report).await?;
         let asked = run.context().request.verify;
         if asked && !report.verified {
@@ -120,6 +121,14 @@ impl Sealed {
         let released = Released::new(&record.context, Some(workload), started);
         Ok((released, record))
     }
+}
+
+/// How long the peer may take to load the state while the workload stands
+/// still, and to hash `memory` bytes if it has to `verify`: a slow one does
+/// 64 MiB a second.
+fn seal_wait(memory: u64, verify: bool) -> Duration {
+    let hashing = if verify { memory >> 26 } else { 0 };
+    Duration::from_secs(30 + hashing)
 }
 
 /// How long the part of a stop took that does not depend on memory.

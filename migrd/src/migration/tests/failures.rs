@@ -207,3 +207,54 @@ async fn a_paused_workload_arrives_paused() {
     let record = world.host("b").journal.get(identity.id).expect("journal").expect("a record");
     assert!(record.owned() && record.paused);
 }
+
+#[tokio::test]
+async fn a_batch_that_never_arrived_is_missed_before_the_seal() {
+    let world = World::new();
+    let identity = world.workload(10);
+    world.plan(Call::Send, 1, Fault::Swallowed);
+    let mut request = request(Mode::Precopy);
+    request.verify = false;
+    let report = world.migrate(&identity, "a", "b", request).await.expect("a report");
+    assert!(world.all_happened());
+    assert_eq!(report.outcome, Outcome::Failed);
+    let failure = report.failure.expect("a reason");
+    assert!(failure.message.contains("did not arrive whole"), "{failure:?}");
+    world.assert_exactly_one_runs("a batch was swallowed").await;
+}
+
+#[tokio::test]
+async fn lanes_are_closed_when_the_copy_is_sealed() {
+    let world = World::new();
+    let identity = world.workload(10);
+    let report = world.migrate(&identity, "a", "b", request(Mode::Precopy)).await;
+    assert!(world.lanes_are_closed(report.expect("a report").migration));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_never_answers_is_given_up_and_the_workload_goes_on() {
+    for call in [Call::Offer, Call::Lanes, Call::Seal] {
+        let world = World::new();
+        let identity = world.workload(10);
+        world.plan(call, 1, Fault::Silence);
+        let going = world.migrate(&identity, "a", "b", request(Mode::Stop));
+        let report = tokio::time::timeout(Duration::from_secs(3600), going).await;
+        let report = report.expect("it ends").expect("a report");
+        let failure = report.failure.expect("a reason");
+        assert!(failure.message.contains("no answer within"), "{call:?}: {failure:?}");
+        assert!(world.guest("a", identity.id).runs(), "{call:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_epoch_that_leaves_no_room_for_the_next_is_refused() {
+    for epoch in [0, 1, u64::MAX - 1, u64::MAX] {
+        let world = World::new();
+        let identity = world.workload(0);
+        let blockers = world.offer_in(&identity, epoch).await;
+        assert_eq!(blockers, ["bad-epoch"], "epoch {epoch}");
+    }
+    let world = World::new();
+    let identity = world.workload(0);
+    assert!(world.offer_in(&identity, 2).await.is_empty());
+}

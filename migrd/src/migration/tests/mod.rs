@@ -1,4 +1,6 @@
-//! The state machine driven with fake workloads through every failure.
+//! The state machine driven with fake workloads through every failure, and its
+//! rules explored exhaustively.
 
 mod failures;
+mod model;
 mod world;

@@ -2,6 +2,7 @@
 //! which can lose its daemon at any call and start it again.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -64,6 +65,10 @@ pub enum Fault {
     Cut,
     /// The user cancels at that moment.
     Cancel,
+    /// The connection is well and no answer ever comes.
+    Silence,
+    /// It is said to have arrived and has not.
+    Swallowed,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -145,6 +150,19 @@ impl World {
     pub fn heal(&self) {
         lock(&self.plan).clear();
         *lock(&self.cut) = false;
+    }
+
+    /// Whether the next call of that kind is to be swallowed.
+    fn next_is_swallowed(&self, call: Call) -> bool {
+        let next = lock(&self.seen).get(&call).copied().unwrap_or_default() + 1;
+        lock(&self.plan).contains(&(call, next, Fault::Swallowed))
+    }
+
+    /// Whether the lanes of `migration` were closed.
+    pub fn lanes_are_closed(&self, migration: MigrationId) -> bool {
+        let sinks = lock(&SINKS);
+        let found = sinks.as_ref().and_then(|s| s.get(&migration));
+        found.is_some_and(|(_, intake)| intake.closed.load(Ordering::SeqCst))
     }
 
     fn fault(&self, call: Call) -> Option<Fault> {
@@ -353,8 +371,8 @@ impl TestHost {
 
     fn settle_later(self: &Arc<Self>, mut released: Released) {
         let task = tokio::spawn(async move {
-            let settled = released.settle(|_| {}).await;
-            if let (Settled::Gone, Some(workload)) = (settled, released.into_workload()) {
+            let settled = released.settle(&CancellationToken::new(), |_| {}).await;
+            if let (Some(Settled::Gone), Some(workload)) = (settled, released.into_workload()) {
                 workload.discard().await;
             }
         });
@@ -413,23 +431,31 @@ impl Host for Handle {
 
 struct Gate;
 
-struct Everything(Instant);
+/// Counts what has arrived, like the real one.
+struct Everything {
+    since: Instant,
+    arrived: AtomicU64,
+    closed: AtomicBool,
+}
 
 #[async_trait]
 impl Intake for Everything {
-    async fn complete(&self, _: &[u64]) -> Result<(), String> {
-        Ok(())
+    async fn complete(&self, batches: &[u64]) -> Result<(), String> {
+        let (sent, arrived) = (batches.iter().sum::<u64>(), self.arrived.load(Ordering::SeqCst));
+        if sent == arrived { Ok(()) } else { Err(format!("{arrived} of {sent} batches arrived")) }
     }
 
     fn last_activity(&self) -> Instant {
-        self.0
+        self.since
     }
 
-    fn close(&self, _: &str) {}
+    fn close(&self, _: &str) {
+        self.closed.store(true, Ordering::SeqCst);
+    }
 }
 
 /// Where the lanes of a migration put their pages.
-type Sinks = HashMap<MigrationId, Arc<dyn ChunkSink>>;
+type Sinks = HashMap<MigrationId, (Arc<dyn ChunkSink>, Arc<Everything>)>;
 static SINKS: Mutex<Option<Sinks>> = Mutex::new(None);
 
 impl LaneGate for Gate {
@@ -440,8 +466,10 @@ impl LaneGate for Gate {
         sink: Arc<dyn ChunkSink>,
         _: u32,
     ) -> Arc<dyn Intake> {
-        lock(&SINKS).get_or_insert_default().insert(migration, sink);
-        Arc::new(Everything(Instant::now()))
+        let (arrived, closed) = (AtomicU64::new(0), AtomicBool::new(false));
+        let intake = Arc::new(Everything { since: Instant::now(), arrived, closed });
+        lock(&SINKS).get_or_insert_default().insert(migration, (sink, intake.clone()));
+        intake
     }
 }
 
@@ -477,8 +505,13 @@ impl Link {
                 return Err(self.lost("died"));
             }
             Some(Fault::Cancel) => world.cancel.cancel(),
+            Some(Fault::Silence) => return std::future::pending().await,
             Some(
-                Fault::ReplyLost | Fault::TakerDiesAfter | Fault::GiverDiesAfter | Fault::BothDie,
+                Fault::ReplyLost
+                | Fault::TakerDiesAfter
+                | Fault::GiverDiesAfter
+                | Fault::BothDie
+                | Fault::Swallowed,
             )
             | None => {}
         }
@@ -522,6 +555,7 @@ impl Link {
 struct Lanes {
     link: Link,
     sink: Arc<dyn ChunkSink>,
+    intake: Arc<Everything>,
     chunks: Arc<dyn ChunkSource>,
     totals: LaneTotals,
 }
@@ -530,14 +564,21 @@ struct Lanes {
 impl PageLanes for Lanes {
     async fn send(&mut self, key: StreamKey, run: PageRun) -> Result<(), LinkError> {
         let (sink, chunks) = (self.sink.clone(), self.chunks.clone());
+        let swallowed = self.link.world.upgrade().is_some_and(|w| w.next_is_swallowed(Call::Send));
+        let intake = self.intake.clone();
         let put = async move {
             assert_eq!(key, STREAM);
+            if swallowed {
+                return Ok(());
+            }
+            intake.arrived.fetch_add(1, Ordering::SeqCst);
             let mut bytes = vec![0; usize::try_from(run.len_bytes()).expect("small")];
             chunks.read(key, run.offset(), &mut bytes).expect("within the stream");
             sink.write(key, run.offset(), &bytes).expect("within the stream");
             Ok(())
         };
         self.link.carry(Call::Send, put).await?;
+        self.totals.batches[0] += 1;
         self.totals.data_pages += run.count;
         self.totals.bytes_on_wire += run.len_bytes();
         Ok(())
@@ -574,11 +615,11 @@ impl Peer for Link {
     ) -> Result<Box<dyn PageLanes>, LinkError> {
         self.carry(Call::Lanes, async { Ok(()) }).await?;
         let sink = lock(&SINKS).as_ref().and_then(|s| s.get(&migration).cloned());
-        let sink = sink.ok_or_else(|| self.rejected("unknown migration"))?;
+        let (sink, intake) = sink.ok_or_else(|| self.rejected("unknown migration"))?;
         let link = Self { world: self.world.clone(), from: self.from.clone(), to: self.to.clone() };
         let batches = vec![0; usize::try_from(lanes).expect("few")];
         let totals = LaneTotals { batches, ..LaneTotals::default() };
-        Ok(Box::new(Lanes { link, sink, chunks, totals }))
+        Ok(Box::new(Lanes { link, sink, intake, chunks, totals }))
     }
 
     async fn seal(&self, order: &SealOrder) -> Result<SealReport, LinkError> {
@@ -638,5 +679,28 @@ impl World {
         let guest = self.guest(host, identity.id);
         self.host(host).journal.record(identity, &Event::Paused(true)).expect("owned");
         guest.pause();
+    }
+}
+
+impl World {
+    /// The codes of what host `b` says to an offer in `epoch`.
+    pub async fn offer_in(&self, identity: &Identity, epoch: u64) -> Vec<String> {
+        let migration = MigrationId::random();
+        let stream = StreamSpec { key: STREAM, name: "fake".into(), length: PAGES * PAGE_SIZE };
+        let manifest = Manifest {
+            workload: identity.id,
+            name: identity.name.clone(),
+            kind: identity.kind,
+            streams: vec![stream],
+            config: identity.config.clone(),
+            memory_bytes: identity.memory_bytes,
+            cpus: identity.cpus,
+            paused: false,
+            created_unix_ms: identity.created_unix_ms,
+        };
+        let offer = Offer { migration, epoch: Epoch(epoch), manifest, lanes: 2, dry_run: true };
+        let from = Counterpart { migration, address: "a".into() };
+        let arrivals = self.host("b").arrivals().expect("a daemon");
+        arrivals.offer(offer, from).await.into_iter().map(|b| b.code).collect()
     }
 }
