@@ -64,7 +64,11 @@ fn a_kernel_that_loads_outside_memory_is_refused() -> Result<()> {
     move_first_segment(&mut image, 0x7000_0000)?;
     fs::write(&path, image)?;
     let path = path.display().to_string();
-    run_refused(&pair.a, &["vm", "--kernel", &path, "--memory", "64M"], &["outside", "memory"])
+    run_refused(
+        &pair.a,
+        &["vm", "--kernel", &path, "--memory", "64M"],
+        &["0x70000000", "RAM", "give it more memory"],
+    )
 }
 
 /// Makes the first loadable segment of a 64-bit ELF load at `to`.
@@ -90,7 +94,7 @@ fn memory_of_an_impossible_size_is_refused() -> Result<()> {
     let kernel = pair.kernel().display().to_string();
     let run = |memory| ["vm", "--kernel", &kernel, "--memory", memory].map(str::to_owned);
     for (memory, words) in [
-        ("67108865", &["4 KiB"][..]),
+        ("67108865", &["multiple of 4096"][..]),
         ("0", &["memory"]),
         ("1T", &["memory", "free"]),
         ("8191P", &["memory"]),
@@ -242,7 +246,7 @@ fn modes_that_this_daemon_does_not_have_are_refused() -> Result<()> {
     let to = pair.b.to();
     for mode in ["postcopy", "hybrid"] {
         let ran = pair.a.migctl(&["migrate", pulse.name, "--to", &to, "--mode", mode])?;
-        ran.expect(3, &[mode])?;
+        ran.expect(3, &["before the hand-over", "--mode precopy"])?;
     }
     expect_alive(&pair.a, pulse.name, 5)?;
     pair.finish(pulse.name)
@@ -279,7 +283,9 @@ fn a_name_that_is_taken_at_the_destination_refuses_the_move() -> Result<()> {
     pulse.run(&pair, &pair.a)?;
     pulse.run(&pair, &pair.b)?;
     let to = pair.b.to();
-    pair.a.migctl(&["migrate", pulse.name, "--to", &to])?.expect(3, &[pulse.name, "already"])?;
+    pair.a
+        .migctl(&["migrate", pulse.name, "--to", &to])?
+        .expect(3, &["another workload named pulse", &to])?;
     expect_alive(&pair.a, pulse.name, 3)?;
     expect_alive(&pair.b, pulse.name, 3)?;
     pair.finish(pulse.name)

@@ -132,7 +132,7 @@ impl Arrival {
             Command::Seal(order, reply) => self.seal(order, reply).await,
             Command::Activate(epoch, reply) => self.activate(epoch, reply).await,
             Command::Abandon(reason, reply) => {
-                let done = self.discard(&reason).await;
+                let done = self.discard(&reason, true).await;
                 answer(done, (), reply)
             }
             Command::Resolve(reply) => match self.phase {
@@ -141,7 +141,7 @@ impl Arrival {
                     Next::Wait(self)
                 }
                 Phase::Receiving { .. } => {
-                    let done = self.discard("its source has given up").await;
+                    let done = self.discard("its source has given up", false).await;
                     answer(done, Standing::Discarded, reply)
                 }
             },
@@ -168,7 +168,7 @@ impl Arrival {
                         let reason = error.to_string();
                         let phase = Phase::Receiving { workload, intake };
                         let arrival = Self { facts, phase, heard: std::time::Instant::now() };
-                        let done = arrival.discard(&reason).await;
+                        let done = arrival.discard(&reason, false).await;
                         let _ = reply.send(Err(error));
                         done.map_or_else(|(arrival, _)| Next::Wait(*arrival), |()| Next::Done)
                     }
@@ -207,7 +207,7 @@ impl Arrival {
                 next
             }
             (Phase::Sealed(_), false) => {
-                let done = self.discard("an operator gave it up").await;
+                let done = self.discard("an operator gave it up", false).await;
                 answer(done, (), reply)
             }
         }
@@ -248,7 +248,7 @@ impl Arrival {
                     return Next::Wait(self);
                 }
                 tracing::warn!(migration = %self.migration(), "nothing arrives any more");
-                match self.discard("nothing arrived for too long").await {
+                match self.discard("nothing arrived for too long", false).await {
                     Ok(()) => Next::Done,
                     Err((arrival, _)) => Next::Wait(*arrival),
                 }
@@ -269,7 +269,7 @@ impl Arrival {
         match tokio::time::timeout(ANSWER_WAIT, asked).await {
             Ok(Ok(Standing::Released)) => self.own(None).await.1,
             Ok(Ok(Standing::Aborted)) => {
-                match self.discard("its source will not release it").await {
+                match self.discard("its source will not release it", true).await {
                     Ok(()) => Next::Done,
                     Err((arrival, _)) => Next::Wait(*arrival),
                 }
@@ -288,15 +288,24 @@ impl Arrival {
     }
 
     /// Promises never to run it and drops it. Kept if the promise can't be
-    /// written, since it may have been given before.
-    async fn discard(self, reason: &str) -> Result<(), (Box<Self>, ArrivalError)> {
+    /// written, since it may have been given before; but not where the source
+    /// has said that it will never release it: then nobody needs the promise.
+    async fn discard(
+        self,
+        reason: &str,
+        source_gave_up: bool,
+    ) -> Result<(), (Box<Self>, ArrivalError)> {
         tracing::info!(migration = %self.migration(), reason, "arrival discarded");
         let sealed = matches!(self.phase, Phase::Sealed(_));
         let promised =
             sealed::promise(&self.facts.shared, &self.facts.identity, self.migration(), sealed)
                 .await;
         if let Err(error) = promised {
-            return Err((Box::new(self), error.into()));
+            if !source_gave_up {
+                return Err((Box::new(self), error.into()));
+            }
+            tracing::error!(migration = %self.migration(), %error,
+                "that it was discarded could not be journalled");
         }
         match self.phase {
             Phase::Receiving { workload, intake } => {
