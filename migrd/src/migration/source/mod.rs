@@ -65,7 +65,8 @@ impl FixedCost {
     /// Learns from a stop that cost `seen` besides memory.
     pub fn learn(&self, seen: Duration) {
         let mut cost = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        *cost = (*cost * 3 + seen) / 4;
+        // One stop on a host that was busy must not spoil the guess for long.
+        *cost = (*cost * 3 + seen.min(*cost * 2)) / 4;
     }
 }
 
