@@ -5,8 +5,9 @@
 //! of workload.
 //!
 //! [`send`] builds batches from a [`ChunkSource`](crate::workload::ChunkSource),
-//! [`codec`] writes and reads them, [`receive`] checks them against [`limits`]
-//! and puts their bytes into a [`ChunkSink`](crate::workload::ChunkSink).
+//! `writer` sends them on a lane, [`codec`] writes and reads them, `service`
+//! lets lanes in, [`receive`] checks batches against [`limits`] and puts their
+//! bytes into a [`ChunkSink`](crate::workload::ChunkSink).
 
 mod batch;
 pub mod codec;
@@ -16,6 +17,8 @@ pub mod limits;
 mod peers;
 pub mod receive;
 pub mod send;
+mod service;
+mod writer;
 
 use std::time::Duration;
 
