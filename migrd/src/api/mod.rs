@@ -5,6 +5,7 @@
 
 mod control;
 mod convert;
+mod orders;
 mod output;
 mod peer;
 mod status;
