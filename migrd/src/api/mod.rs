@@ -11,5 +11,4 @@ mod peer;
 mod status;
 
 pub use control::ControlService;
-pub use convert::{manifest_from_wire, manifest_to_wire};
 pub use peer::PeerService;
