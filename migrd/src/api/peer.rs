@@ -4,14 +4,14 @@ use migr_proto::v1 as proto;
 use migr_proto::v1::peer_server::Peer;
 use tonic::{Request, Response, Status};
 
-use super::convert::{manifest_from_wire, ms};
+use super::convert::ms;
 use super::status::{self, invalid};
 use crate::migration::destination::{Arrivals, MAX_STREAMS};
 use crate::migration::journal::Counterpart;
 use crate::migration::link::{Offer, SealOrder, Standing};
 use crate::registry::Registry;
 use crate::units::{Epoch, MigrationId, WorkloadId};
-use crate::wire::{PROTOCOL, limits};
+use crate::wire::{PROTOCOL, limits, manifest_from_wire};
 use crate::workload::vm::VmEngine;
 use crate::workload::{StreamHash, StreamKey};
 

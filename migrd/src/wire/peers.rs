@@ -12,8 +12,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use super::send::SendLanes;
-use super::{PROTOCOL, client_settings, deepest};
-use crate::api::manifest_to_wire;
+use super::{PROTOCOL, client_settings, deepest, manifest_to_wire};
 use crate::migration::link::{
     Blocker, LinkError, Offer, PageLanes, Peer, PeerFacts, SealOrder, SealReport, Standing,
 };
