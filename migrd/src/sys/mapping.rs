@@ -78,7 +78,9 @@ impl GuestMapping {
         Ok(mapping)
     }
 
-    fn pages(&self, key: StreamKey) -> u64 {
+    /// How many pages a stream has; none if there is no such stream.
+    #[must_use]
+    pub fn pages(&self, key: StreamKey) -> u64 {
         self.extent(key).map_or(0, |e| e.length / PAGE_SIZE)
     }
 
@@ -287,6 +289,25 @@ fn advise(base: NonNull<u8>, length: usize) {
     for advice in [MmapAdvise::MADV_HUGEPAGE, MmapAdvise::MADV_DONTDUMP] {
         // SAFETY: neither advice changes what the mapping holds.
         let _ = unsafe { madvise(base.cast(), length, advice) };
+    }
+}
+
+/// Maps pages of a region that the VMM has mapped, which takes memory for
+/// those that have none (madvise(2), `MADV_POPULATE_WRITE`). Only helps: a
+/// kernel that can't do it leaves it to the first touch.
+pub fn populate_region(region: &GuestRegionMmap<AtomicBitmap>, run: PageRun) {
+    let (Ok(offset), Ok(length)) =
+        (usize::try_from(run.offset()), usize::try_from(run.len_bytes()))
+    else {
+        return;
+    };
+    if offset.checked_add(length).is_none_or(|end| end > region.size()) {
+        return;
+    }
+    // SAFETY: the range lies in the region's mapping, as was just checked, and
+    // what it holds does not change.
+    unsafe {
+        libc::madvise(region.as_ptr().add(offset).cast(), length, libc::MADV_POPULATE_WRITE);
     }
 }
 

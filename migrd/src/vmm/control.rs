@@ -238,6 +238,7 @@ impl Control {
                 return Ok(Reply::Dirty(to_wire(&machine.dirty().read()?)));
             }
             Request::DirtyClear(pages) => machine.dirty().clear(&from_wire(&pages))?,
+            Request::Populate(pages) => machine.populate(&from_wire(&pages)),
             Request::DirtyStop(proto::ChildDirtyStop {}) => machine.dirty().stop()?,
             Request::ConsoleInput(bytes) => machine.input(&bytes)?,
             Request::Stats(proto::ChildStats {}) => return Ok(Reply::Stats(machine.stats())),

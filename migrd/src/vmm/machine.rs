@@ -11,6 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use migr_proto::v1 as proto;
+use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::boot::{self, BootSpec};
@@ -23,7 +24,10 @@ use super::memory::{self, MemoryError};
 use super::sandbox::{self, SandboxError};
 use super::vcpu::Vcpu;
 use super::{cpuid, snapshot, state};
+use crate::pages::PageSet;
+use crate::sys::mapping::populate_region;
 use crate::sys::vm::{self, Vm};
+use crate::workload::StreamKey;
 
 /// Three pages that KVM wants for itself on some processors, below the
 /// firmware's place and above all memory (KVM API, 4.35).
@@ -187,6 +191,16 @@ impl Machine {
     /// Its dirty log.
     pub fn dirty(&mut self) -> &mut DirtyLog {
         &mut self.dirty
+    }
+
+    /// Maps pages that hold memory, so that the guest's first touch of each
+    /// costs one fault less.
+    pub fn populate(&self, pages: &PageSet) {
+        for (number, region) in (0u32..).zip(self.vm.memory().iter()) {
+            if let Some(pages) = pages.get(StreamKey(number)) {
+                pages.runs().for_each(|run| populate_region(region, run));
+            }
+        }
     }
 
     /// Something was loaded.

@@ -62,10 +62,11 @@ impl FixedCost {
         *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Learns from a stop that cost `seen` besides memory.
+    /// Learns from a stop that cost `seen` besides memory. One that took very
+    /// long for reasons of its own counts only in part: an estimate above the
+    /// user's limit would keep every later stop, and all learning, from happening.
     pub fn learn(&self, seen: Duration) {
         let mut cost = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        // One stop on a host that was busy must not spoil the guess for long.
         *cost = (*cost * 3 + seen.min(*cost * 2)) / 4;
     }
 }

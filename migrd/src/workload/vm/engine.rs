@@ -170,7 +170,6 @@ impl VmEngine {
             Some(ChildState::Running) if paused => vm.pause().await?,
             _ => {}
         }
-        vm.end_old_tracking().await;
         Ok(Box::new(vm))
     }
 
@@ -208,7 +207,10 @@ impl VmEngine {
     async fn find_still(&self, id: WorkloadId, paused: bool) -> Result<Option<Vm>, WorkloadError> {
         let directory = self.place(id);
         let Some(child) = self.adopt(&directory).await? else { return Ok(None) };
-        Vm::new(directory, Arc::new(child), paused).map(Some)
+        let mut vm = Vm::new(directory, Arc::new(child), paused)?;
+        // What an earlier daemon has sent of it counts for nothing now.
+        vm.end_old_tracking().await;
+        Ok(Some(vm))
     }
 
     async fn adopt(&self, directory: &Path) -> Result<Option<Child>, WorkloadError> {

@@ -212,6 +212,15 @@ impl Child {
         self.done(child_request::Request::DirtyClear(pages::to_wire(set))).await
     }
 
+    /// Has the VMM map `set`, pages that hold memory, so that the guest's first
+    /// touch of each costs less.
+    ///
+    /// # Errors
+    /// When it is dead.
+    pub async fn populate(&self, set: &PageSet) -> Result<(), ChildError> {
+        self.done(child_request::Request::Populate(pages::to_wire(set))).await
+    }
+
     /// Ends the tracking.
     ///
     /// # Errors
