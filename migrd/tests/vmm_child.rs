@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use migr_proto::v1::{GuestStopKind, VmConfig};
 use migrd::pages::{PageBitmap, PageSet};
+use migrd::serial_log::Reader;
 use migrd::units::{PAGE_SIZE, PageIndex, PageRun, WorkloadId};
 use migrd::workload::vm::child::{Child, ChildError, ChildSpec, ChildState};
-use migrd::workload::vm::serial_log::Reader;
 use migrd::workload::{ChunkSink, ChunkSource, StreamKey};
 
 const MIB: u64 = 1 << 20;
