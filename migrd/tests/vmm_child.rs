@@ -179,6 +179,17 @@ fn exists(pid: u32) -> bool {
 }
 
 #[tokio::test]
+async fn the_logs_of_a_child_are_for_its_user_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let vm = spawn(config(64 * MIB, 1, ""), None).await;
+    for name in ["serial.log", "vmm.log"] {
+        let file = std::fs::metadata(vm.directory.path().join(name)).unwrap();
+        assert_eq!(file.permissions().mode() & 0o777, 0o600, "{name}");
+    }
+    vm.child.kill().await;
+}
+
+#[tokio::test]
 async fn pulse_boots_and_its_heart_beats() {
     let vm = pulse(64 * MIB, 1, "hot=1M static=4M").await;
     let text = vm.until(|t| last(t, "static_rounds=") > Some(0)).await;
