@@ -214,6 +214,7 @@ async fn write_frozen(
         };
         let manifest = serde_json::to_vec_pretty(&on_disk).map_err(|e| damaged(&place, e))?;
         write_whole(&place.join(MANIFEST), &manifest)?;
+        sync_names(&place)?;
         let bytes = chunk_bytes + (state.len() + manifest.len()) as u64;
         Ok((bytes, pages.count()))
     });
@@ -241,6 +242,16 @@ fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
         let _ = fs::remove_file(&part);
         io_error("write", path)(e)
     })
+}
+
+/// Makes the names in `directory`, and its own, outlive a crash of the host:
+/// syncing a file does not do that for its name (fsync(2)).
+fn sync_names(directory: &Path) -> Result<(), CheckpointError> {
+    for directory in [Some(directory), directory.parent()].into_iter().flatten() {
+        let synced = File::open(directory).and_then(|opened| opened.sync_all());
+        synced.map_err(io_error("write", directory))?;
+    }
+    Ok(())
 }
 
 fn damaged(directory: &Path, why: impl ToString) -> CheckpointError {

@@ -9,6 +9,7 @@ pub mod config;
 pub mod migration;
 pub mod pages;
 pub mod registry;
+pub mod serial_log;
 pub mod serve;
 pub mod sys;
 pub mod units;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use migr_proto::v1::{GuestStopKind, VmConfig};
 use migrd::pages::{PageBitmap, PageSet};
+use migrd::serial_log::Reader;
 use migrd::units::{PAGE_SIZE, PageIndex, PageRun, WorkloadId};
 use migrd::workload::vm::child::{Child, ChildError, ChildSpec, ChildState};
-use migrd::workload::vm::serial_log::Reader;
 use migrd::workload::{ChunkSink, ChunkSource, StreamKey};
 
 const MIB: u64 = 1 << 20;
@@ -176,6 +176,17 @@ async fn stopped(child: &Child) -> GuestStopKind {
 
 fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
+}
+
+#[tokio::test]
+async fn the_logs_of_a_child_are_for_its_user_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let vm = spawn(config(64 * MIB, 1, ""), None).await;
+    for name in ["serial.log", "vmm.log"] {
+        let file = std::fs::metadata(vm.directory.path().join(name)).unwrap();
+        assert_eq!(file.permissions().mode() & 0o777, 0o600, "{name}");
+    }
+    vm.child.kill().await;
 }
 
 #[tokio::test]

@@ -5,8 +5,9 @@
 
 mod recover;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,11 +84,12 @@ struct StateDir {
 impl StateDir {
     fn open(path: &Path) -> Result<Self, ServeError> {
         let failed = |source| ServeError::StateDir { path: path.to_owned(), source };
-        std::fs::create_dir_all(path).map_err(failed)?;
+        // What is in it says which guests there are and what they print.
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
         let path = path.canonicalize().map_err(failed)?;
         let mut options = OpenOptions::new();
-        let lock = options.write(true).create(true).truncate(false).open(path.join("lock"));
-        let lock = lock.map_err(failed)?;
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let lock = options.open(path.join("lock")).map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { path, _lock: lock }),
             Err(std::fs::TryLockError::WouldBlock) => Err(ServeError::InUse(path)),
@@ -171,5 +173,34 @@ pub async fn serve(
     match tokio::time::timeout(LAST_WORDS, server).await {
         Ok(Ok(served)) => Ok(served?),
         Ok(Err(_)) | Err(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    #[test]
+    fn a_state_directory_that_is_made_is_for_its_user_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("state");
+        let state = StateDir::open(&path).unwrap();
+        assert_eq!(mode(&state.path), 0o700);
+        assert_eq!(mode(&state.path.join("lock")), 0o600);
+    }
+
+    #[test]
+    fn a_state_directory_is_for_one_daemon_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = StateDir::open(directory.path()).unwrap();
+        assert!(matches!(StateDir::open(directory.path()), Err(ServeError::InUse(_))));
+        drop(first);
+        assert!(StateDir::open(directory.path()).is_ok());
     }
 }

@@ -317,3 +317,6 @@ pub fn advise_region(region: &GuestRegionMmap<AtomicBitmap>) {
         advise(base, region.size());
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -187,3 +187,72 @@ impl Console {
         std::mem::take(&mut waiting.pieces)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(text: &[u8]) -> Vec<u8> {
+        [text, b"\n"].concat()
+    }
+
+    #[test]
+    fn a_flood_that_no_log_takes_is_dropped_and_counted() {
+        let console = Console::default();
+        let mut sink = console.sink();
+        let flood = vec![b'x'; WAITING_BYTES];
+        assert_eq!(sink.write(&flood).unwrap(), WAITING_BYTES);
+        assert_eq!(console.dropped(), 0, "all of that may wait");
+        assert_eq!(sink.write(b"too much").unwrap(), 8, "the guest never waits");
+        assert_eq!(console.dropped(), 8);
+        let taken: usize = console.take().iter().map(|piece| piece.bytes.len()).sum();
+        assert_eq!(taken, WAITING_BYTES);
+        assert_eq!(sink.write(b"y").unwrap(), 1);
+        assert_eq!(console.dropped(), 8, "there is room again");
+    }
+
+    #[test]
+    fn output_is_cut_into_lines() {
+        let console = Console::default();
+        let mut sink = console.sink();
+        sink.write_all(b"one\ntwo\nthr").unwrap();
+        let taken = console.take();
+        let cut: Vec<_> = taken.iter().map(|p| (p.starts_line, p.bytes.clone())).collect();
+        let expected = [(true, line(b"one")), (true, line(b"two")), (true, b"thr".to_vec())];
+        assert_eq!(cut, expected);
+        sink.write_all(b"ee\n").unwrap();
+        let rest = console.take();
+        assert_eq!(rest.len(), 1);
+        assert!(!rest[0].starts_line, "it goes on with a line whose beginning was taken");
+        assert_eq!(rest[0].line_unix_ns, taken[2].line_unix_ns);
+        assert_eq!(rest[0].bytes, line(b"ee"));
+    }
+
+    /// Keeps what it is given, and says that it lost as much as told.
+    struct Kept(std::sync::mpsc::Sender<Vec<Piece>>, u64);
+
+    impl Log for Kept {
+        fn write(&mut self, pieces: &[Piece]) {
+            // The test may have seen enough.
+            let _ = self.0.send(pieces.to_vec());
+        }
+
+        fn lost(&self) -> u64 {
+            self.1
+        }
+    }
+
+    #[test]
+    fn what_the_log_lost_counts_as_dropped() {
+        let console = Console::default();
+        let (sender, written) = std::sync::mpsc::channel();
+        let draining = console.clone();
+        // Drains for ever: it ends with the process.
+        std::thread::spawn(move || draining.drain(&mut Kept(sender, 5)));
+        console.sink().write_all(b"half a line").unwrap();
+        console.flush();
+        let bytes: Vec<u8> = written.try_iter().flatten().flat_map(|p| p.bytes).collect();
+        assert_eq!(bytes, b"half a line");
+        assert_eq!(console.dropped(), 5);
+    }
+}

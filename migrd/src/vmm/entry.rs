@@ -17,9 +17,9 @@ use super::console::{Log, Piece};
 use super::control::{Control, FAILED, Images, words};
 use super::machine::{Machine, MachineError};
 use super::{frame, sandbox};
+use crate::serial_log::{self, Cursor, Reader, Writer};
 use crate::sys::fds;
 use crate::units::{PAGE_BYTES, PAGE_SIZE};
-use crate::workload::vm::serial_log::{self, Cursor, Reader, Writer};
 
 /// The numbers under which the child finds its descriptors.
 pub mod number {

@@ -5,7 +5,8 @@
 //! owned: it is cleared away at the start.
 
 use std::collections::BTreeSet;
-use std::fs::File;
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -25,6 +26,10 @@ use crate::workload::{Arriving, Engine, Manifest, Workload, WorkloadError};
 pub const MAX_CPUS: u32 = 64;
 /// The version of a [`proto::VmConfig`] that this migrd writes.
 const CONFIG_VERSION: u32 = 1;
+
+/// The mode of directories: whoever connects to a VM's control socket owns the
+/// VM, and its log is for nobody else to read.
+const PRIVATE: u32 = 0o700;
 
 /// A VM to be made and booted.
 #[derive(Clone, Debug)]
@@ -91,12 +96,19 @@ impl VmEngine {
     /// # Errors
     /// When it can't be made.
     pub fn new(directory: PathBuf) -> std::io::Result<Self> {
-        std::fs::create_dir_all(&directory)?;
+        DirBuilder::new().recursive(true).mode(PRIVATE).create(&directory)?;
         Ok(Self { directory })
     }
 
     fn place(&self, id: WorkloadId) -> PathBuf {
         self.directory.join(id.to_string())
+    }
+
+    fn make_place(&self, id: WorkloadId) -> Result<PathBuf, WorkloadError> {
+        let directory = self.place(id);
+        let made = DirBuilder::new().mode(PRIVATE).create(&directory);
+        made.map_err(failed("make the VM's directory"))?;
+        Ok(directory)
     }
 
     /// A VM whose kernel is loaded and that does not run yet.
@@ -133,8 +145,7 @@ impl VmEngine {
         kernel: Option<File>,
         initrd: Option<File>,
     ) -> Result<Arc<Child>, WorkloadError> {
-        let directory = self.place(id);
-        std::fs::create_dir(&directory).map_err(failed("make the VM's directory"))?;
+        let directory = self.make_place(id)?;
         let program = own_program();
         let spec = ChildSpec { id, directory: directory.clone(), config, kernel, initrd, program };
         match Child::spawn(spec).await {
@@ -295,4 +306,32 @@ impl Engine for VmEngine {
 fn decode(manifest: &Manifest) -> Result<proto::VmConfig, WorkloadError> {
     proto::VmConfig::decode(manifest.config.as_slice())
         .map_err(|e| WorkloadError::caused("the VM's description is damaged", e))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_directories_of_vms_are_for_their_user_alone() {
+        let parent = tempfile::tempdir().unwrap();
+        let vms = parent.path().join("vms");
+        let engine = VmEngine::new(vms.clone()).unwrap();
+        let place = engine.make_place(WorkloadId::random()).unwrap();
+        for directory in [vms, place] {
+            let mode = std::fs::metadata(&directory).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o700, "{}", directory.display());
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_there_is_not_taken_for_a_new_vm() {
+        let parent = tempfile::tempdir().unwrap();
+        let engine = VmEngine::new(parent.path().to_owned()).unwrap();
+        let id = WorkloadId::random();
+        engine.make_place(id).unwrap();
+        assert!(engine.make_place(id).is_err());
+    }
 }

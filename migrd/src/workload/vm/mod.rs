@@ -1,7 +1,7 @@
 //! Virtual machines as workloads.
 //!
-//! Owns the daemon's side of a VMM child, its view of the guest's memory, the
-//! serial log and the directory of each VM. May not touch tonic, the phases of
+//! Owns the daemon's side of a VMM child, its view of the guest's memory and
+//! the directory of each VM. May not touch tonic, the phases of
 //! a migration, or KVM.
 //!
 //! A VM's streams are its memory regions, numbered from 0, and its serial log
@@ -12,12 +12,12 @@ pub mod child;
 mod engine;
 pub mod link;
 mod running;
-pub mod serial_log;
 mod terminal;
 
 use child::ChildError;
 
 use super::{StreamKey, StreamSpec, WorkloadError};
+use crate::serial_log;
 use crate::vmm::memory;
 
 pub use engine::{NewVm, VmEngine};

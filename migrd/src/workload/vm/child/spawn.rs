@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -73,7 +74,7 @@ pub(super) fn start(spec: ChildSpec) -> Result<std::process::Child, ChildError> 
     let listener = control_socket(&directory.join(SOCKET)).map_err(system("make its socket"))?;
     let open = |name: &str, append: bool| {
         let mut how = OpenOptions::new();
-        how.create(true).read(true).write(true).append(append);
+        how.create(true).read(true).write(true).append(append).mode(0o600);
         how.open(directory.join(name)).map_err(system(format!("open {name} in the VM's directory")))
     };
     let (log, messages) = (open(SERIAL_LOG, false)?, open(VMM_LOG, true)?);

@@ -1,6 +1,7 @@
 //! What a VM wrote to its serial port, in one file of bounded size.
 //!
-//! Owns the format of that file. [`Writer`] runs in the VMM child and needs
+//! Owns the format of that file; may not touch paths, or anything async.
+//! [`Writer`] runs in the VMM child and needs
 //! nothing but an open file (`pread`, `pwrite`, `fstat`); [`Reader`] is the
 //! daemon's side and may read while the writer writes; [`LogStream`] moves the
 //! file as one stream of a migration.
