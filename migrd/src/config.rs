@@ -18,8 +18,13 @@ pub struct ServeArgs {
     #[arg(long)]
     pub insecure: bool,
     /// Connections that carry the pages of one migration (1 to 16).
-    #[arg(long, value_name = "N", default_value_t = limits::DEFAULT_LANES, value_parser = clap::value_parser!(u32).range(1..=16))]
+    #[arg(long, value_name = "N", default_value_t = default_lanes(), value_parser = clap::value_parser!(u32).range(1..=16))]
     pub lanes: u32,
+}
+
+/// As many as CPUs, within reason: on two more lanes only get in each other's way.
+fn default_lanes() -> u32 {
+    crate::sys::cpus().clamp(2, limits::DEFAULT_LANES)
 }
 
 /// The daemon can't be started so.

@@ -1,9 +1,5 @@
 //! What an operator's client asks for.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
-
 use migr_proto::v1 as proto;
 use migr_proto::v1::control_server::Control;
 use prost::Message;
@@ -11,23 +7,15 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::output::{Chunks, Events, events, tail};
 use super::status::{Refusal, invalid};
-use super::{convert, status};
+use super::{convert, orders, status};
 use crate::checkpoint;
 use crate::migration::destination::Arrivals;
 use crate::migration::journal::Identity;
-use crate::migration::link::Peer;
-use crate::migration::phase::Mode;
-use crate::migration::source;
 use crate::registry::{Registry, State};
 use crate::units::{HostId, WorkloadId, unix_ms};
 use crate::wire::Peers;
-use crate::workload::vm::{NewVm, VmEngine, streams};
+use crate::workload::vm::{VmEngine, streams};
 use crate::workload::{Kind, Manifest};
-
-/// The longest stop that is planned for unless the user says otherwise.
-const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
-/// The longest command line of a guest that is taken, in bytes.
-const MAX_CMDLINE: usize = 64 << 10;
 
 /// The control service of this host.
 pub struct ControlService {
@@ -58,72 +46,6 @@ impl ControlService {
     ) -> Result<Response<proto::Workload>, Status> {
         let status = done.map_err(|e| self.refused(&e))?;
         Ok(Response::new(convert::workload(&status)))
-    }
-
-    /// Where to and how, as the user said; checked for form only.
-    fn order(
-        &self,
-        request: &proto::MigrateRequest,
-    ) -> Result<(Arc<dyn Peer>, source::Request), Status> {
-        let peer = self.peers.get(&request.to).map_err(|e| {
-            Refusal {
-                code: Code::InvalidArgument,
-                reason: "BAD_ADDRESS",
-                message: format!("{:?} is not the address of a daemon: {e}", request.to),
-                host: self.here(),
-                remedy: "give --to as ADDR:PORT",
-            }
-            .status()
-        })?;
-        let mode = match request.mode() {
-            proto::MigrationMode::Unspecified | proto::MigrationMode::Precopy => Mode::Precopy,
-            proto::MigrationMode::Stop => Mode::Stop,
-            proto::MigrationMode::Postcopy | proto::MigrationMode::Hybrid => {
-                return Err(Refusal {
-                    code: Code::Unimplemented,
-                    reason: "MODE_UNSUPPORTED",
-                    message: "this version moves memory before the hand-over only".into(),
-                    host: self.here(),
-                    remedy: "use --mode precopy or --mode stop",
-                }
-                .status());
-            }
-        };
-        let max_downtime = match request.max_downtime_us {
-            0 => DEFAULT_MAX_DOWNTIME,
-            us => Duration::from_micros(us.into()),
-        };
-        let timeout = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms));
-        let verify = request.verify;
-        Ok((peer, source::Request { mode, max_downtime, timeout, verify }))
-    }
-
-    fn absolute(&self, what: &str, path: &str) -> Result<PathBuf, Status> {
-        if path.is_empty() || !Path::new(path).is_absolute() {
-            let text = format!("{what} {path:?} is not an absolute path on the daemon's host");
-            return Err(invalid(self.here(), text));
-        }
-        Ok(PathBuf::from(path))
-    }
-
-    fn new_vm(&self, request: &proto::RunRequest) -> Result<NewVm, Status> {
-        if request.cmdline.len() > MAX_CMDLINE || request.cmdline.contains('\0') {
-            let text = format!("the command line is longer than {MAX_CMDLINE} bytes or has a NUL");
-            return Err(invalid(self.here(), text));
-        }
-        let initrd = match request.initrd.as_str() {
-            "" => None,
-            path => Some(self.absolute("initrd", path)?),
-        };
-        let vm = NewVm {
-            kernel: self.absolute("kernel", &request.kernel)?,
-            initrd,
-            cmdline: request.cmdline.clone(),
-            memory_bytes: request.memory_bytes,
-            cpus: request.cpus,
-        };
-        vm.check().map_err(|e| invalid(self.here(), e.to_string()))?;
-        Ok(vm)
     }
 
     async fn host_itself(&self) -> Result<proto::HostReply, Status> {
@@ -158,7 +80,7 @@ impl Control for ControlService {
         request: Request<proto::RunRequest>,
     ) -> Result<Response<proto::Workload>, Status> {
         let request = request.into_inner();
-        let new = self.new_vm(&request)?;
+        let new = orders::new_vm(self.here(), &request)?;
         let id = WorkloadId::random();
         let streams = streams(new.memory_bytes);
         let manifest = Manifest {
@@ -255,7 +177,7 @@ impl Control for ControlService {
         request: Request<proto::MigrateRequest>,
     ) -> Result<Response<proto::MigrationPlan>, Status> {
         let request = request.into_inner();
-        let (peer, order) = self.order(&request)?;
+        let (peer, order) = orders::migration(self.here(), &self.peers, &request)?;
         let plan = self.registry.plan(&request.name, peer, order).await;
         let plan = plan.map_err(|e| self.refused(&e))?;
         let status = self.registry.find(&request.name).map_err(|e| self.refused(&e))?;
@@ -276,7 +198,7 @@ impl Control for ControlService {
         request: Request<proto::MigrateRequest>,
     ) -> Result<Response<Self::MigrateStream>, Status> {
         let request = request.into_inner();
-        let (peer, order) = self.order(&request)?;
+        let (peer, order) = orders::migration(self.here(), &self.peers, &request)?;
         let watching = self.registry.migrate(&request.name, peer, order).await;
         let watching = watching.map_err(|e| self.refused(&e))?;
         Ok(Response::new(events(watching, request.name, Kind::Vm)))
@@ -335,7 +257,7 @@ impl Control for ControlService {
         request: Request<proto::CheckpointRequest>,
     ) -> Result<Response<proto::CheckpointReply>, Status> {
         let request = request.into_inner();
-        let directory = self.absolute("directory", &request.directory)?;
+        let directory = orders::absolute(self.here(), "directory", &request.directory)?;
         let written = checkpoint::write(&self.registry, &request.name, &directory).await;
         let written = written.map_err(|e| status::checkpoint(self.here(), &e))?;
         Ok(Response::new(proto::CheckpointReply {
@@ -350,7 +272,7 @@ impl Control for ControlService {
         request: Request<proto::RestoreRequest>,
     ) -> Result<Response<proto::Workload>, Status> {
         let request = request.into_inner();
-        let directory = self.absolute("directory", &request.directory)?;
+        let directory = orders::absolute(self.here(), "directory", &request.directory)?;
         let name = (!request.name.is_empty()).then_some(request.name);
         let restored = checkpoint::restore(&self.registry, &directory, name).await;
         let status = restored.map_err(|e| status::checkpoint(self.here(), &e))?;

@@ -5,10 +5,10 @@
 
 mod control;
 mod convert;
+mod orders;
 mod output;
 mod peer;
 mod status;
 
 pub use control::ControlService;
-pub use convert::{manifest_from_wire, manifest_to_wire};
 pub use peer::PeerService;

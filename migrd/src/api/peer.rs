@@ -4,14 +4,14 @@ use migr_proto::v1 as proto;
 use migr_proto::v1::peer_server::Peer;
 use tonic::{Request, Response, Status};
 
-use super::convert::{manifest_from_wire, ms};
+use super::convert::ms;
 use super::status::{self, invalid};
 use crate::migration::destination::{Arrivals, MAX_STREAMS};
 use crate::migration::journal::Counterpart;
 use crate::migration::link::{Offer, SealOrder, Standing};
 use crate::registry::Registry;
 use crate::units::{Epoch, MigrationId, WorkloadId};
-use crate::wire::{PROTOCOL, limits};
+use crate::wire::{PROTOCOL, limits, manifest_from_wire};
 use crate::workload::vm::VmEngine;
 use crate::workload::{StreamHash, StreamKey};
 
@@ -37,6 +37,24 @@ impl PeerService {
 
     fn migration(&self, id: &str) -> Result<MigrationId, Status> {
         id.parse().map_err(|_| invalid(self.here(), "migration_id is not a UUID"))
+    }
+
+    /// Refuses what another daemon was to be asked: this one's journal says
+    /// nothing of that.
+    fn is_meant(&self, host: &str) -> Result<(), Status> {
+        let here = self.registry.host_id();
+        if host.parse() == Ok(here) {
+            return Ok(());
+        }
+        let text = format!("this is host {here}, and host {host:.64} was meant");
+        Err(status::Refusal {
+            code: tonic::Code::FailedPrecondition,
+            reason: "ANOTHER_HOST",
+            message: text,
+            host: self.here(),
+            remedy: "bring back the migrd that was here, with its state directory",
+        }
+        .status())
     }
 
     fn seal_order(&self, request: proto::SealRequest) -> Result<SealOrder, Status> {
@@ -110,7 +128,11 @@ impl Peer for PeerService {
             lanes: request.lanes,
             dry_run: request.dry_run,
         };
-        let from = Counterpart { migration, address: request.source_address };
+        let host = request
+            .source_host_id
+            .parse()
+            .map_err(|_| invalid(self.here(), "source_host_id is not a UUID"))?;
+        let from = Counterpart { migration, address: request.source_address, host };
         let blockers = self.arrivals.offer(offer, from).await;
         let problem = |b: crate::migration::link::Blocker| proto::OfferProblem {
             code: b.code,
@@ -143,6 +165,7 @@ impl Peer for PeerService {
     ) -> Result<Response<proto::ActivateReply>, Status> {
         let request = request.into_inner();
         let migration = self.migration(&request.migration_id)?;
+        self.is_meant(&request.host_id)?;
         let activated = self.arrivals.activate(migration, Epoch(request.epoch)).await;
         let took = activated.map_err(|e| status::arrival(self.here(), &e))?;
         Ok(Response::new(proto::ActivateReply { resume_ms: ms(took) }))
@@ -170,6 +193,7 @@ impl Peer for PeerService {
             .workload_id
             .parse()
             .map_err(|_| invalid(self.here(), "workload_id is not a UUID"))?;
+        self.is_meant(&request.host_id)?;
         let epoch = Epoch(request.epoch);
         let standing = if request.from_source {
             let resolved = self.arrivals.resolve(migration, workload, epoch).await;

@@ -179,14 +179,22 @@ pub trait Peer: Send + Sync {
     async fn seal(&self, order: &SealOrder) -> Result<SealReport, LinkError>;
 
     /// It is yours: run it. May be repeated. Gives the time the peer took.
-    async fn activate(&self, migration: MigrationId, epoch: Epoch) -> Result<Duration, LinkError>;
+    /// Refused by any daemon but `host`.
+    async fn activate(
+        &self,
+        host: HostId,
+        migration: MigrationId,
+        epoch: Epoch,
+    ) -> Result<Duration, LinkError>;
 
     /// It will not be yours.
     async fn abandon(&self, migration: MigrationId, reason: &str) -> Result<(), LinkError>;
 
-    /// How does it stand with you?
+    /// How does it stand with you? Refused by any daemon but `host`: another
+    /// one's journal proves nothing.
     async fn resolve(
         &self,
+        host: HostId,
         migration: MigrationId,
         workload: WorkloadId,
         epoch: Epoch,

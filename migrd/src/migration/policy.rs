@@ -91,7 +91,8 @@ pub fn next_step(stats: &RoundStats, budget: &Budget) -> Step {
     if predicted <= budget.max_downtime {
         return Step::Stop;
     }
-    if stats.idle_rounds >= LIMIT {
+    // With nothing left to send no further round can help.
+    if stats.idle_rounds >= LIMIT || stats.pending_pages == 0 {
         return Step::GiveUp { predicted };
     }
     let cold = stats.pending_pages.saturating_sub(stats.hot_pages);
@@ -105,7 +106,7 @@ pub fn next_step(stats: &RoundStats, budget: &Budget) -> Step {
 /// Whether `pending` is at least a tenth better than the best so far.
 #[must_use]
 pub fn progressed(pending: u64, best: Option<u64>) -> bool {
-    best.is_none_or(|best| pending * 10 <= best * 9)
+    best.is_none_or(|best| pending < best && pending * 10 <= best * 9)
 }
 
 /// One page of every neighbourhood that holds pages of `pending`.
@@ -170,6 +171,11 @@ mod tests {
         }
     }
 
+    /// A stop that takes too long whatever is sent.
+    fn slow(pending: u64) -> RoundStats {
+        RoundStats { fixed_cost: Duration::from_millis(21), ..stats(pending, 0, 0) }
+    }
+
     #[test]
     fn steps_follow_the_budget() {
         // 10,000 pages a second and 5 ms fixed: 100 pages cost 15 ms.
@@ -182,6 +188,7 @@ mod tests {
             (stats(1000, 0, PATIENCE), Step::SendAll),
             (stats(1000, 0, LIMIT), Step::GiveUp { predicted: Duration::from_millis(105) }),
             (stats(149, 0, LIMIT), Step::Stop),
+            (slow(0), Step::GiveUp { predicted: Duration::from_millis(21) }),
         ];
         for (stats, step) in table {
             assert_eq!(next_step(&stats, &budget), step, "{stats:?}");
@@ -199,6 +206,7 @@ mod tests {
         assert!(progressed(100, None));
         assert!(progressed(90, Some(100)));
         assert!(!progressed(91, Some(100)));
+        assert!(!progressed(0, Some(0)));
     }
 
     #[test]

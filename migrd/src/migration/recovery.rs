@@ -120,7 +120,11 @@ mod tests {
     }
 
     fn to(migration: MigrationId) -> Counterpart {
-        Counterpart { migration, address: "b:1".into() }
+        Counterpart {
+            migration,
+            address: "b:1".into(),
+            host: crate::units::HostId::from_bytes([9; 16]),
+        }
     }
 
     #[test]

@@ -121,7 +121,13 @@ impl OwnerHandle {
 
     /// Memory it was promised and has not touched, in bytes.
     pub(super) fn untouched(&self) -> u64 {
-        let promised = self.published.status.borrow().identity.memory_bytes;
+        let (promised, state) = {
+            let status = self.published.status.borrow();
+            (status.identity.memory_bytes, status.state)
+        };
+        if state == State::Stopped {
+            return 0;
+        }
         self.terminal().map_or(0, |t| promised.saturating_sub(t.populated_bytes()))
     }
 
@@ -312,7 +318,10 @@ impl Owner {
             return RegistryError::Busy { name, migration };
         }
         let (state, hint) = match status.state {
-            State::Running => ("running", "; `migctl stop` it first".to_owned()),
+            State::Running if call == "removed" => {
+                ("running", "; `migctl stop` it first".to_owned())
+            }
+            State::Running => ("running", String::new()),
             State::Paused => ("paused already", String::new()),
             State::Stopped => ("stopped", format!(" ({})", status.reason)),
             State::Migrating => ("arriving", "; wait for it".to_owned()),
@@ -463,6 +472,8 @@ impl Owner {
             request,
             here: self.shared.here.clone(),
             peer,
+            // Known when it has said who it is, which comes first.
+            peer_host: self.shared.host,
             journal: self.shared.journal.clone(),
             cancel: cancel.clone(),
             shutdown: self.shared.shutdown.clone(),
@@ -641,10 +652,13 @@ async fn announced(mut status: watch::Receiver<Status>, id: MigrationId) {
 }
 
 /// Checks who is there, then moves it.
-async fn moving(question: Question, context: Context, workload: Box<dyn Workload>) -> End {
+async fn moving(question: Question, mut context: Context, workload: Box<dyn Workload>) -> End {
     let asked = context.cancel.run_until_cancelled(identify(&question)).await;
     match asked {
-        Some(Ok(_)) => source::run(context, workload).await,
+        Some(Ok(facts)) => {
+            context.peer_host = facts.host;
+            source::run(context, workload).await
+        }
         Some(Err(blocker)) => {
             let cause = MigrationError::Refused(vec![blocker]);
             End::Kept(workload, context.refused(&cause))

@@ -78,10 +78,8 @@ impl Recovery<'_> {
             self.vms.clear(identity.id).await;
         }
         let released = Released::remembered(
-            to.migration,
-            identity,
-            record.epoch,
-            record.paused,
+            record.clone(),
+            &to,
             self.peers.find(&to.address),
             self.journal.clone(),
             workload,
@@ -92,7 +90,16 @@ impl Recovery<'_> {
     async fn wait(&self, record: WorkloadRecord) -> Result<(), JournalError> {
         let Duty::Await(sealed) = duty(&record) else { return Ok(()) };
         let found = self.vms.find_sealed(record.identity.id).await;
-        if let Ok(Some(workload)) = found {
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                // It may be whole: nothing is promised and nothing is dropped.
+                tracing::error!(workload = record.identity.name, %error,
+                    "a sealed copy is here and can't be taken back; restart migrd to try again");
+                return Ok(());
+            }
+        };
+        if let Some(workload) = found {
             let claim = self.registry.claim_remembered(&record.identity, sealed.from.migration);
             self.arrivals.remember(Remembered { record, workload, claim });
             return Ok(());

@@ -1,21 +1,25 @@
 //! The bulk path: page chunks over several gRPC connections, the lanes.
 //!
-//! Owns framing, size limits and lanes; what goes over the wire is described in
-//! `docs/protocol.md`. May not touch the policy of a migration or know a kind
-//! of workload.
+//! Owns framing, size limits, lanes and the calls to other daemons; what goes
+//! over the wire is described in `docs/protocol.md`. May not touch the policy
+//! of a migration, or know more of a kind of workload than its name.
 //!
 //! [`send`] builds batches from a [`ChunkSource`](crate::workload::ChunkSource),
-//! [`codec`] writes and reads them, [`receive`] checks them against [`limits`]
-//! and puts their bytes into a [`ChunkSink`](crate::workload::ChunkSink).
+//! `writer` sends them on a lane, [`codec`] writes and reads them, `service`
+//! lets lanes in, [`receive`] checks batches against [`limits`] and puts their
+//! bytes into a [`ChunkSink`](crate::workload::ChunkSink).
 
 mod batch;
 pub mod codec;
 pub mod file;
 mod gate;
 pub mod limits;
+mod manifest;
 mod peers;
 pub mod receive;
 pub mod send;
+mod service;
+mod writer;
 
 use std::time::Duration;
 
@@ -23,6 +27,7 @@ use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Endpoint, Server};
 
+pub use manifest::{manifest_from_wire, manifest_to_wire};
 pub use peers::{BadAddress, Peers};
 
 /// Version of the protocol between daemons; both must speak the same.

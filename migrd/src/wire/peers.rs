@@ -12,8 +12,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use super::send::SendLanes;
-use super::{PROTOCOL, client_settings, deepest};
-use crate::api::manifest_to_wire;
+use super::{PROTOCOL, client_settings, deepest, manifest_to_wire};
 use crate::migration::link::{
     Blocker, LinkError, Offer, PageLanes, Peer, PeerFacts, SealOrder, SealReport, Standing,
 };
@@ -239,9 +238,17 @@ impl Peer for Remote {
         })
     }
 
-    async fn activate(&self, migration: MigrationId, epoch: Epoch) -> Result<Duration, LinkError> {
-        let request =
-            proto::ActivateRequest { migration_id: migration.to_string(), epoch: epoch.0 };
+    async fn activate(
+        &self,
+        host: HostId,
+        migration: MigrationId,
+        epoch: Epoch,
+    ) -> Result<Duration, LinkError> {
+        let request = proto::ActivateRequest {
+            migration_id: migration.to_string(),
+            epoch: epoch.0,
+            host_id: host.to_string(),
+        };
         let reply = self.client().activate(request).await;
         let reply = reply.map_err(|e| link_error(&self.address, &e))?;
         Ok(claimed(reply.into_inner().resume_ms))
@@ -256,6 +263,7 @@ impl Peer for Remote {
 
     async fn resolve(
         &self,
+        host: HostId,
         migration: MigrationId,
         workload: WorkloadId,
         epoch: Epoch,
@@ -266,6 +274,7 @@ impl Peer for Remote {
             workload_id: workload.to_string(),
             epoch: epoch.0,
             from_source,
+            host_id: host.to_string(),
         };
         let reply = self.client().resolve(request).await;
         let reply = reply.map_err(|e| link_error(&self.address, &e))?.into_inner();
@@ -321,7 +330,7 @@ impl Peer for Nowhere {
         self.lost()
     }
 
-    async fn activate(&self, _: MigrationId, _: Epoch) -> Result<Duration, LinkError> {
+    async fn activate(&self, _: HostId, _: MigrationId, _: Epoch) -> Result<Duration, LinkError> {
         self.lost()
     }
 
@@ -331,6 +340,7 @@ impl Peer for Nowhere {
 
     async fn resolve(
         &self,
+        _: HostId,
         _: MigrationId,
         _: WorkloadId,
         _: Epoch,

@@ -1,37 +1,22 @@
 //! The destination's side of the lanes.
 //!
-//! Reads the frames of the request's body as they come, without the copy into
-//! a message of its own that a generated service makes. Bytes are put in place
-//! as soon as the head of their batch was checked, before the checksum at its
-//! end is known: a batch with a wrong checksum ends the whole migration, and
-//! nothing runs from these bytes before the migration is sealed.
+//! Bytes are put in place as soon as the head of their batch was checked,
+//! before the checksum at its end is known: a batch with a wrong checksum ends
+//! the whole migration, and nothing runs from these bytes before the migration
+//! is sealed.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::convert::Infallible;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut, Bytes, BytesMut};
-use futures::future::BoxFuture;
-use http_body::Frame;
-use http_body_util::{BodyExt, StreamBody};
-use migr_proto::v1::BatchAck;
-use prost::Message;
-use tokio::sync::{mpsc, watch};
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::body::Body;
-use tonic::server::NamedService;
+use tokio::sync::watch;
 use tonic::{Code, Status};
 
-use super::codec::{Apply, BatchHead, Decoder, RunKind};
+use super::codec::{Apply, BatchHead, RunKind};
 use super::limits::{self, BatchError, MAX_LANES, Streams};
-use super::{LANE_KEY, MIGRATION_KEY, SERVICE, TRANSFER};
-use crate::units::MigrationId;
 use crate::workload::{ChunkSink, OutOfStream, StreamKey, StreamSpec};
+
+pub use super::service::{LaneDirectory, LaneService};
 
 /// Why a migration receives nothing more.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -166,13 +151,13 @@ impl Receiver {
     }
 
     /// Keeps the first error, and gives it.
-    fn fail(&self, error: ReceiveError) -> ReceiveError {
+    pub(super) fn fail(&self, error: ReceiveError) -> ReceiveError {
         let mut first = error;
         self.progress.send_modify(|p| first = p.error.get_or_insert(first.clone()).clone());
         first
     }
 
-    fn take_lane(&self, lane: usize) -> Result<(), Status> {
+    pub(super) fn take_lane(&self, lane: usize) -> Result<(), Status> {
         let mut result = Ok(());
         self.progress.send_modify(|p| {
             result = match (&p.error, p.taken.get_mut(lane)) {
@@ -193,14 +178,14 @@ impl Receiver {
         result
     }
 
-    fn touch(&self) {
+    pub(super) fn touch(&self) {
         let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.active_ms.store(ms, Ordering::Relaxed);
     }
 }
 
 /// How an error that ends a lane is told to its sender.
-fn status(error: &ReceiveError) -> Status {
+pub(super) fn status(error: &ReceiveError) -> Status {
     let code = match error {
         ReceiveError::Batch { error: BatchError::Checksum { .. }, .. } => Code::DataLoss,
         ReceiveError::Batch { error: BatchError::TooLong { .. }, .. } => Code::ResourceExhausted,
@@ -301,148 +286,5 @@ impl Apply for LaneApply<'_> {
         self.next += 1;
         self.receiver.progress.send_modify(|p| p.applied[self.lane] = self.next);
         Ok(())
-    }
-}
-
-fn ack(applied: u64) -> Bytes {
-    let message = BatchAck { applied };
-    let mut frame = BytesMut::with_capacity(16);
-    frame.put_u8(0);
-    frame.put_u32(u32::try_from(message.encoded_len()).expect("a few bytes"));
-    message.encode(&mut frame).expect("a growing buffer");
-    frame.freeze()
-}
-
-/// Receives one lane to its end.
-async fn receive(
-    receiver: &Receiver,
-    lane: usize,
-    mut body: Body,
-    acks: &mpsc::Sender<Frame<Bytes>>,
-) -> Result<(), ReceiveError> {
-    let mut apply = LaneApply::new(receiver, lane);
-    let mut decoder = Decoder::default();
-    loop {
-        let frame = tokio::select! {
-            biased;
-            error = receiver.failed() => return Err(error),
-            frame = body.frame() => frame,
-        };
-        let lost = |message: String| ReceiveError::Lost { lane, message };
-        let Some(frame) = frame else { break };
-        let frame = frame.map_err(|e| lost(e.to_string()))?;
-        let Ok(bytes) = frame.into_data() else { continue };
-        receiver.touch();
-        let had = apply.next;
-        decoder.feed(&bytes, &mut apply).map_err(|error| apply.error(error))?;
-        if apply.next > had {
-            let told = acks.send(Frame::data(ack(apply.next))).await;
-            told.map_err(|_| lost("nobody reads acknowledgements".into()))?;
-        }
-    }
-    decoder.finish().map_err(|error| ReceiveError::Batch { lane, error })
-}
-
-/// The migrations that receive at the moment.
-#[derive(Clone, Default)]
-pub struct LaneDirectory(Arc<Mutex<HashMap<MigrationId, Arc<Receiver>>>>);
-
-impl LaneDirectory {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<MigrationId, Arc<Receiver>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Lets the lanes of `migration` in. Says no if it is there already.
-    #[must_use]
-    pub fn insert(&self, migration: MigrationId, receiver: Arc<Receiver>) -> bool {
-        match self.lock().entry(migration) {
-            Entry::Occupied(_) => false,
-            Entry::Vacant(free) => {
-                free.insert(receiver);
-                true
-            }
-        }
-    }
-
-    /// Lets no more lanes of `migration` in; those that are open go on until
-    /// [`Receiver::close`].
-    pub fn remove(&self, migration: MigrationId) -> Option<Arc<Receiver>> {
-        self.lock().remove(&migration)
-    }
-
-    fn find(&self, headers: &http::HeaderMap) -> Result<(Arc<Receiver>, usize), Status> {
-        let text = |key: &str| headers.get(key).and_then(|value| value.to_str().ok());
-        let id = text(MIGRATION_KEY).and_then(|id| id.parse::<MigrationId>().ok());
-        let id = id.ok_or_else(|| {
-            Status::invalid_argument(format!("metadata {MIGRATION_KEY} must be a UUID"))
-        })?;
-        let lane = text(LANE_KEY).and_then(|lane| lane.parse::<usize>().ok());
-        let lane = lane.ok_or_else(|| {
-            Status::invalid_argument(format!("metadata {LANE_KEY} must be a number"))
-        })?;
-        let receiver = self.lock().get(&id).cloned();
-        let receiver = receiver
-            .ok_or_else(|| Status::not_found(format!("no migration {id} receives here")))?;
-        receiver.take_lane(lane)?;
-        Ok((receiver, lane))
-    }
-}
-
-/// The gRPC service; add it to a tonic server or to its routes.
-#[derive(Clone)]
-pub struct LaneService {
-    directory: LaneDirectory,
-}
-
-impl LaneService {
-    /// Serves the migrations of `directory`.
-    #[must_use]
-    pub fn new(directory: LaneDirectory) -> Self {
-        Self { directory }
-    }
-
-    fn serve(&self, request: http::Request<Body>) -> Result<http::Response<Body>, Status> {
-        if request.uri().path() != TRANSFER {
-            return Err(Status::unimplemented(format!("{SERVICE} has no such method")));
-        }
-        let (receiver, lane) = self.directory.find(request.headers())?;
-        let (answers, body) = mpsc::channel(16);
-        tokio::spawn(async move {
-            let ended = receive(&receiver, lane, request.into_body(), &answers).await;
-            let status = match ended {
-                Ok(()) => Status::ok(""),
-                Err(error) => status(&receiver.fail(error)),
-            };
-            let mut trailers = http::HeaderMap::new();
-            if status.add_header(&mut trailers).is_ok() {
-                // The one it is for may be gone.
-                let _ = answers.send(Frame::trailers(trailers)).await;
-            }
-        });
-        let frames = ReceiverStream::new(body).map(Ok::<_, Infallible>);
-        let response = http::Response::builder()
-            .header(http::header::CONTENT_TYPE, "application/grpc")
-            .body(Body::new(StreamBody::new(frames)))
-            .expect("constant headers");
-        Ok(response)
-    }
-}
-
-impl NamedService for LaneService {
-    const NAME: &'static str = SERVICE;
-}
-
-impl tower::Service<http::Request<Body>> for LaneService {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let response = self.serve(request).unwrap_or_else(Status::into_http);
-        Box::pin(std::future::ready(Ok(response)))
     }
 }

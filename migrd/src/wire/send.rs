@@ -5,7 +5,6 @@
 //! on nothing but its place, so its copies stay in order. The first failure of
 //! any lane is the failure of all.
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,28 +23,14 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 use tower::{Service, ServiceExt};
 
-use super::batch::{Encoded, Filler};
-use super::limits::{MAX_IN_FLIGHT, MAX_LANES, MAX_QUEUED_PAGES, PAGES_PER_TURN, STALL};
+use super::limits::{MAX_LANES, MAX_QUEUED_PAGES, PAGES_PER_TURN, STALL};
+use super::writer::{Counters, Job, Stopped, Writer};
 use super::{LANE_KEY, MIGRATION_KEY, TRANSFER, client_settings, deepest};
 use crate::migration::link::{LaneTotals, LinkError, PageLanes};
 use crate::units::{MigrationId, PageIndex, PageRun};
 use crate::workload::{ChunkSource, StreamKey};
 
 type Failure = watch::Sender<Option<LinkError>>;
-
-/// What one lane counts.
-#[derive(Debug, Default)]
-struct Counters {
-    batches: AtomicU64,
-    data_pages: AtomicU64,
-    zero_pages: AtomicU64,
-    bytes: AtomicU64,
-}
-
-enum Job {
-    Pages(StreamKey, PageRun),
-    Flush(oneshot::Sender<()>),
-}
 
 struct Lane {
     jobs: mpsc::UnboundedSender<Job>,
@@ -131,13 +116,7 @@ impl SendLanes {
                 fail(&failure, error);
             }
         });
-        let writer = Writer {
-            filler: Filler::new(source),
-            frames,
-            acked,
-            in_flight: VecDeque::new(),
-            counters: Arc::clone(&counters),
-        };
+        let writer = Writer::new(source, frames, acked, Arc::clone(&counters));
         let failure = Arc::clone(&self.failure);
         let room_of_writer = Arc::clone(&room);
         self.tasks.spawn(async move {
@@ -287,152 +266,4 @@ async fn read_acks(
     }
     // The writer holds the other end until the lane is closed in order.
     if applied.is_closed() { Ok(()) } else { misbehaved("it ended a lane that was in use".into()) }
-}
-
-/// Why a writer gave up.
-enum Stopped {
-    /// The lane is gone; the reader of acknowledgements says why.
-    Lane,
-    Source(crate::workload::OutOfStream),
-    /// The peer acknowledges nothing, or does not let anything through.
-    Stalled,
-}
-
-/// Waits for the peer to go on with a lane.
-async fn in_time<T, E>(progress: impl Future<Output = Result<T, E>>) -> Result<T, Stopped> {
-    match tokio::time::timeout(STALL, progress).await {
-        Ok(went) => went.map_err(|_| Stopped::Lane),
-        Err(_) => Err(Stopped::Stalled),
-    }
-}
-
-struct Writer {
-    filler: Filler,
-    /// Dropped before `frames`: that the lane ended in order is known by it.
-    acked: watch::Receiver<u64>,
-    frames: mpsc::Sender<Bytes>,
-    /// Number and size of the batches that are not acknowledged.
-    in_flight: VecDeque<(u64, usize)>,
-    counters: Arc<Counters>,
-}
-
-impl Writer {
-    async fn run(
-        mut self,
-        mut queue: mpsc::UnboundedReceiver<Job>,
-        room: &Semaphore,
-    ) -> Result<(), Stopped> {
-        loop {
-            let job = match queue.try_recv() {
-                Ok(job) => Some(job),
-                Err(_) if self.filler.is_empty() => queue.recv().await,
-                Err(_) => {
-                    // Lets the one who queues go on before a small batch leaves.
-                    tokio::task::yield_now().await;
-                    queue.try_recv().ok()
-                }
-            };
-            match job {
-                Some(Job::Pages(key, run)) => {
-                    self.pages(key, run).await?;
-                    room.add_permits(usize::try_from(run.count).expect("at most one turn"));
-                }
-                Some(Job::Flush(done)) => {
-                    self.send_batch().await?;
-                    self.settle(0).await?;
-                    // Nobody may be waiting any more.
-                    let _ = done.send(());
-                }
-                None if self.filler.is_empty() => return Ok(()),
-                None => self.send_batch().await?,
-            }
-        }
-    }
-
-    async fn pages(&mut self, key: StreamKey, run: PageRun) -> Result<(), Stopped> {
-        let mut rest = Some(run);
-        while let Some(run) = rest {
-            rest = self.filler.add(key, run).map_err(Stopped::Source)?;
-            if self.filler.is_full() {
-                self.send_batch().await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn send_batch(&mut self) -> Result<(), Stopped> {
-        if self.filler.is_empty() {
-            return Ok(());
-        }
-        let Encoded { head, data, data_pages, zero_pages } = self.filler.finish();
-        let size = head.len() + data.len();
-        self.settle(MAX_IN_FLIGHT.saturating_sub(size)).await?;
-        let counters = &self.counters;
-        let batches = counters.batches.fetch_add(1, Ordering::AcqRel) + 1;
-        counters.data_pages.fetch_add(data_pages, Ordering::AcqRel);
-        counters.zero_pages.fetch_add(zero_pages, Ordering::AcqRel);
-        counters.bytes.fetch_add(size as u64, Ordering::AcqRel);
-        self.in_flight.push_back((batches, size));
-        for part in [head, data].into_iter().filter(|part| !part.is_empty()) {
-            in_time(self.frames.send(part)).await?;
-        }
-        Ok(())
-    }
-
-    /// Waits until at most `most` bytes are not acknowledged.
-    async fn settle(&mut self, most: usize) -> Result<(), Stopped> {
-        loop {
-            let acked = *self.acked.borrow_and_update();
-            while self.in_flight.front().is_some_and(|(batch, _)| *batch <= acked) {
-                self.in_flight.pop_front();
-            }
-            if self.in_flight.iter().map(|(_, size)| size).sum::<usize>() <= most {
-                return Ok(());
-            }
-            in_time(self.acked.changed()).await?;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::workload::fake::{Census, Guest, STREAM};
-
-    /// A lane whose peer takes `taken` frames and never acknowledges one.
-    async fn flush_to_a_peer_that_acknowledges_nothing(taken: usize) -> Result<(), Stopped> {
-        let guest = Guest::empty(&Arc::new(Census::default()), 4);
-        guest.write_page(0, 7);
-        let (frames, mut body) = mpsc::channel(1);
-        let (_applied, acked) = watch::channel(0);
-        let writer = Writer {
-            filler: Filler::new(guest),
-            frames,
-            acked,
-            in_flight: VecDeque::new(),
-            counters: Arc::default(),
-        };
-        let (jobs, queue) = mpsc::unbounded_channel();
-        let run = PageRun { first: PageIndex(0), count: 1 };
-        assert!(jobs.send(Job::Pages(STREAM, run)).is_ok());
-        let (done, _flushed) = oneshot::channel();
-        assert!(jobs.send(Job::Flush(done)).is_ok());
-        let reading = tokio::spawn(async move {
-            for _ in 0..taken {
-                body.recv().await;
-            }
-            std::future::pending::<()>().await;
-        });
-        let ended = writer.run(queue, &Semaphore::new(0)).await;
-        reading.abort();
-        ended
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_peer_that_acknowledges_nothing_is_given_up() {
-        for taken in [0, 2] {
-            let ended = flush_to_a_peer_that_acknowledges_nothing(taken).await;
-            assert!(matches!(ended, Err(Stopped::Stalled)), "{taken} frames taken");
-        }
-    }
 }

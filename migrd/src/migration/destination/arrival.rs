@@ -45,6 +45,8 @@ pub(super) struct Facts {
 pub(super) struct Arrival {
     facts: Facts,
     phase: Phase,
+    /// When its source last said that it is not done with it.
+    heard: std::time::Instant,
 }
 
 enum Phase {
@@ -65,7 +67,11 @@ impl Arrival {
         workload: Box<dyn Arriving>,
         intake: Arc<dyn Intake>,
     ) -> Self {
-        Self { facts, phase: Phase::Receiving { workload, intake } }
+        Self {
+            facts,
+            phase: Phase::Receiving { workload, intake },
+            heard: std::time::Instant::now(),
+        }
     }
 
     pub(super) fn remembered(shared: &Arc<Shared>, found: Remembered) -> Option<Self> {
@@ -79,7 +85,7 @@ impl Arrival {
             claim: found.claim,
         };
         let held = Held { workload: found.workload, report: None };
-        Some(Self { facts, phase: Phase::Sealed(held) })
+        Some(Self { facts, phase: Phase::Sealed(held), heard: std::time::Instant::now() })
     }
 
     pub(super) fn migration(&self) -> MigrationId {
@@ -152,12 +158,16 @@ impl Arrival {
                     Ok(report) => {
                         let _ = reply.send(Ok(report));
                         let held = Held { workload, report: Some(report) };
-                        Next::Wait(Self { facts, phase: Phase::Sealed(held) })
+                        Next::Wait(Self {
+                            facts,
+                            phase: Phase::Sealed(held),
+                            heard: std::time::Instant::now(),
+                        })
                     }
                     Err(error) => {
                         let reason = error.to_string();
                         let phase = Phase::Receiving { workload, intake };
-                        let arrival = Self { facts, phase };
+                        let arrival = Self { facts, phase, heard: std::time::Instant::now() };
                         let done = arrival.discard(&reason, false).await;
                         let _ = reply.send(Err(error));
                         done.map_or_else(|(arrival, _)| Next::Wait(*arrival), |()| Next::Done)
@@ -212,9 +222,14 @@ impl Arrival {
         match sealed::own(self.facts, held, forced.is_some()).await {
             sealed::Owning::Runs(took) => (Ok(took), Next::Done),
             sealed::Owning::NeverRan(error) => (Err(error), Next::Done),
-            sealed::Owning::StillSealed(facts, held, error) => {
-                (Err(error), Next::Wait(Self { facts, phase: Phase::Sealed(held) }))
-            }
+            sealed::Owning::StillSealed(facts, held, error) => (
+                Err(error),
+                Next::Wait(Self {
+                    facts,
+                    phase: Phase::Sealed(held),
+                    heard: std::time::Instant::now(),
+                }),
+            ),
         }
     }
 
@@ -222,7 +237,9 @@ impl Arrival {
     async fn tick(self) -> Next {
         match &self.phase {
             Phase::Receiving { intake, .. } => {
-                let silent = intake.last_activity().elapsed();
+                // A source that says it is still at it may take its time: it may
+                // be hashing, or waiting for a slow disk.
+                let silent = intake.last_activity().elapsed().min(self.heard.elapsed());
                 if silent < self.facts.shared.patience.idle {
                     // A source that has died gives its reservation back soon.
                     if silent > self.facts.shared.patience.ask {
@@ -242,8 +259,13 @@ impl Arrival {
 
     async fn ask_source(self) -> Next {
         let source: Arc<dyn Peer> = self.facts.shared.host.peer(&self.facts.from.address);
-        let asked =
-            source.resolve(self.migration(), self.facts.identity.id, self.facts.epoch, false);
+        let asked = source.resolve(
+            self.facts.from.host,
+            self.migration(),
+            self.facts.identity.id,
+            self.facts.epoch,
+            false,
+        );
         match tokio::time::timeout(ANSWER_WAIT, asked).await {
             Ok(Ok(Standing::Released)) => self.own(None).await.1,
             Ok(Ok(Standing::Aborted)) => {
@@ -252,7 +274,10 @@ impl Arrival {
                     Err((arrival, _)) => Next::Wait(*arrival),
                 }
             }
-            Ok(Ok(_)) => Next::Wait(self),
+            Ok(Ok(Standing::Pending)) => {
+                Next::Wait(Self { heard: std::time::Instant::now(), ..self })
+            }
+            Ok(Ok(Standing::Sealed | Standing::Owned | Standing::Discarded)) => Next::Wait(self),
             Ok(Err(error)) => {
                 tracing::warn!(migration = %self.migration(), %error,
                     "a sealed copy waits and its source does not answer");

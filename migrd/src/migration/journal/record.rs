@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::units::{Epoch, MigrationId, WorkloadId};
+use crate::units::{Epoch, HostId, MigrationId, WorkloadId};
 use crate::workload::Kind;
 
 /// The other host of a hand-over.
@@ -15,6 +15,9 @@ pub struct Counterpart {
     pub migration: MigrationId,
     /// Where the other daemon listens.
     pub address: String,
+    /// Who the other daemon is: whoever else answers at its address knows
+    /// nothing of the matter.
+    pub host: HostId,
 }
 
 /// Whose the workload is, as far as this host may say.

@@ -23,7 +23,7 @@ use crate::migration::phase::{
     Failure, MigrationError, Mode, Outcome, Phase, Progress, Report, Tally,
 };
 use crate::pages::PageSet;
-use crate::units::{Epoch, MigrationId};
+use crate::units::{Epoch, HostId, MigrationId};
 use crate::workload::{RunState, Workload};
 
 use released::{Released, Settled};
@@ -62,11 +62,10 @@ impl FixedCost {
         *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Learns from a stop that cost `seen` besides memory. One that took very
-    /// long for reasons of its own counts only in part: an estimate above the
-    /// user's limit would keep every later stop, and all learning, from happening.
+    /// Learns from a stop that cost `seen` besides memory.
     pub fn learn(&self, seen: Duration) {
         let mut cost = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // One stop on a host that was busy must not spoil the guess for long.
         *cost = (*cost * 3 + seen.min(*cost * 2)) / 4;
     }
 }
@@ -87,6 +86,8 @@ pub struct Context {
     pub here: String,
     /// The destination.
     pub peer: Arc<dyn Peer>,
+    /// Who the destination said it is.
+    pub peer_host: HostId,
     /// This host's journal.
     pub journal: Journal,
     /// Cancels it.
@@ -109,7 +110,11 @@ impl Context {
     }
 
     fn counterpart(&self) -> Counterpart {
-        Counterpart { migration: self.id, address: self.peer.address().to_owned() }
+        Counterpart {
+            migration: self.id,
+            address: self.peer.address().to_owned(),
+            host: self.peer_host,
+        }
     }
 }
 

@@ -11,10 +11,12 @@ use tokio_util::sync::CancellationToken;
 use super::stopped::fixed_part;
 use super::{Context, End, Record, within};
 use crate::migration::failpoint;
-use crate::migration::journal::{Event, Identity, Journal, JournalError};
+use crate::migration::journal::{
+    Counterpart, Event, Identity, Journal, JournalError, WorkloadRecord,
+};
 use crate::migration::link::{Peer, Standing};
 use crate::migration::phase::{Failure, Outcome, Phase};
-use crate::units::{Epoch, MigrationId};
+use crate::units::{Epoch, HostId, MigrationId};
 use crate::workload::Workload;
 
 /// How long the peer has to answer one call.
@@ -32,6 +34,7 @@ pub struct Released {
     epoch: Epoch,
     paused: bool,
     peer: Arc<dyn Peer>,
+    host: HostId,
     journal: Journal,
     workload: Option<Box<dyn Workload>>,
     since: Instant,
@@ -71,6 +74,7 @@ impl Released {
             epoch: context.epoch.next(),
             paused: context.paused,
             peer: context.peer.clone(),
+            host: context.peer_host,
             journal: context.journal.clone(),
             workload,
             since,
@@ -82,16 +86,16 @@ impl Released {
     /// is the stopped copy, if it still lives.
     #[must_use]
     pub fn remembered(
-        migration: MigrationId,
-        identity: Identity,
-        epoch: Epoch,
-        paused: bool,
+        record: WorkloadRecord,
+        to: &Counterpart,
         peer: Arc<dyn Peer>,
         journal: Journal,
         workload: Option<Box<dyn Workload>>,
     ) -> Self {
+        let WorkloadRecord { identity, epoch, paused, .. } = record;
+        let (migration, host) = (to.migration, to.host);
         let (since, resume) = (Instant::now(), Duration::ZERO);
-        Self { migration, identity, epoch, paused, peer, journal, workload, since, resume }
+        Self { migration, identity, epoch, paused, peer, host, journal, workload, since, resume }
     }
 
     /// Tells and asks the peer until it has answered, or for as long as a user
@@ -133,12 +137,13 @@ impl Released {
 
     /// One attempt: Activate, and if that gives no plain yes, Resolve.
     async fn ask(&self) -> Answer {
-        let activate = self.peer.activate(self.migration, self.epoch);
+        let activate = self.peer.activate(self.host, self.migration, self.epoch);
         let failed = match within(&self.peer, ANSWER_WAIT, activate).await {
             Ok(_) => return Answer::Taken,
             Err(error) => error,
         };
-        let asked = self.peer.resolve(self.migration, self.identity.id, self.epoch, true);
+        let asked =
+            self.peer.resolve(self.host, self.migration, self.identity.id, self.epoch, true);
         match within(&self.peer, ANSWER_WAIT, asked).await {
             Ok(Standing::Owned) => Answer::Taken,
             Ok(Standing::Discarded) => Answer::Never,

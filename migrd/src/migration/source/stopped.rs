@@ -1,15 +1,17 @@
 //! Stopped and Sealed: the workload stands still, the rest of it moves, the
 //! destination says that it has everything. Every wait here is downtime.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::precopy::{no_lanes, skipped};
 use super::released::Released;
-use super::{Aborted, Record, Run, send_pages, within};
+use super::{ABANDON_WAIT, Aborted, Record, Run, send_pages, within};
 use crate::migration::failpoint;
-use crate::migration::journal::Event;
-use crate::migration::link::SealOrder;
+use crate::migration::journal::{Event, JournalError};
+use crate::migration::link::{Peer, SealOrder};
 use crate::migration::phase::{MigrationError, Phase};
+use crate::units::MigrationId;
 use crate::workload::WorkloadError;
 
 /// The workload stands still and everything of it was sent.
@@ -99,6 +101,20 @@ impl Run {
     }
 }
 
+/// Waits, however long it takes, for the peer's promise never to run it.
+async fn until_dropped(peer: Arc<dyn Peer>, id: MigrationId) {
+    loop {
+        let told = peer.abandon(id, "its source could not write its journal");
+        match within(&peer, ABANDON_WAIT, told).await {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::error!(%error, "the workload stands still until the peer has dropped it");
+            }
+        }
+        tokio::time::sleep(ABANDON_WAIT).await;
+    }
+}
+
 impl Sealed {
     /// Journals that the workload is the peer's. The one irrevocable step: an
     /// answer that does not come proves nothing, so nothing after it aborts.
@@ -115,7 +131,17 @@ impl Sealed {
             Ok(result) => result.map_err(MigrationError::from),
             Err(_) => Err(WorkloadError::new("the journal's writer panicked").into()),
         };
-        let (mut run, _) = run.or_abort(written).await?;
+        let mut run = match written {
+            Ok(_) => run,
+            Err(error) => {
+                if matches!(error, MigrationError::Journal(JournalError::Storage(_))) {
+                    // It may be on the disk all the same. It may run here again
+                    // only when nobody can be told by that record to run it.
+                    until_dropped(run.context().peer.clone(), run.context().id).await;
+                }
+                return Err(run.abort(error).await);
+            }
+        };
         run.enter(Phase::Released);
         let Run { record, workload, .. } = run;
         let released = Released::new(&record.context, Some(workload), started);

@@ -89,6 +89,7 @@ pub struct World {
 /// One host: what survives its daemon, and the daemon.
 pub struct TestHost {
     pub address: String,
+    pub id: HostId,
     pub journal: Journal,
     world: Weak<World>,
     pub guests: Mutex<HashMap<WorkloadId, Arc<Guest>>>,
@@ -119,6 +120,7 @@ impl World {
             let database = redb::Database::builder().create_with_backend(memory).expect("redb");
             let host = Arc::new(TestHost {
                 address: address.into(),
+                id: HostId::random(),
                 journal: Journal::over(database).expect("a journal"),
                 world: Arc::downgrade(&world),
                 guests: Mutex::default(),
@@ -226,6 +228,7 @@ impl World {
                 request,
                 here: task_host.address.clone(),
                 peer: world.link(&task_host.address, &to),
+                peer_host: world.host(&to).id,
                 journal: task_host.journal.clone(),
                 cancel: world.cancel.clone(),
                 shutdown: CancellationToken::new(),
@@ -347,10 +350,8 @@ impl TestHost {
             Duty::Settle(to) => {
                 let workload = guest.map(|g| Box::new(FakeWorkload(g)) as Box<dyn Workload>);
                 self.settle_later(Released::remembered(
-                    to.migration,
-                    record.identity,
-                    record.epoch,
-                    record.paused,
+                    record,
+                    &to,
                     self.world().link(&self.address, &to.address),
                     self.journal.clone(),
                     workload,
@@ -547,6 +548,11 @@ impl Link {
         self.to.arrivals().ok_or_else(|| self.lost("nobody listens"))
     }
 
+    /// Another daemon than the one that is meant refuses.
+    fn is(&self, host: HostId) -> Result<(), LinkError> {
+        if self.to.id == host { Ok(()) } else { Err(self.rejected("another host")) }
+    }
+
     fn rejected(&self, error: impl ToString) -> LinkError {
         LinkError::Rejected { peer: self.to.address.clone(), message: error.to_string() }
     }
@@ -602,7 +608,11 @@ impl Peer for Link {
     }
 
     async fn offer(&self, offer: &Offer) -> Result<Vec<Blocker>, LinkError> {
-        let from = Counterpart { migration: offer.migration, address: self.from.address.clone() };
+        let from = Counterpart {
+            migration: offer.migration,
+            address: self.from.address.clone(),
+            host: self.from.id,
+        };
         self.carry(Call::Offer, async { Ok(self.taker()?.offer(offer.clone(), from).await) }).await
     }
 
@@ -627,7 +637,13 @@ impl Peer for Link {
         self.carry(Call::Seal, work).await
     }
 
-    async fn activate(&self, migration: MigrationId, epoch: Epoch) -> Result<Duration, LinkError> {
+    async fn activate(
+        &self,
+        host: HostId,
+        migration: MigrationId,
+        epoch: Epoch,
+    ) -> Result<Duration, LinkError> {
+        self.is(host)?;
         let work =
             async { self.taker()?.activate(migration, epoch).await.map_err(|e| self.rejected(e)) };
         self.carry(Call::Activate, work).await
@@ -643,12 +659,14 @@ impl Peer for Link {
 
     async fn resolve(
         &self,
+        host: HostId,
         migration: MigrationId,
         workload: WorkloadId,
         epoch: Epoch,
         from_source: bool,
     ) -> Result<Standing, LinkError> {
         let work = async {
+            self.is(host)?;
             if from_source {
                 let asked = self.taker()?.resolve(migration, workload, epoch).await;
                 asked.map_err(|e| self.rejected(e))
@@ -699,7 +717,7 @@ impl World {
             created_unix_ms: identity.created_unix_ms,
         };
         let offer = Offer { migration, epoch: Epoch(epoch), manifest, lanes: 2, dry_run: true };
-        let from = Counterpart { migration, address: "a".into() };
+        let from = Counterpart { migration, address: "a".into(), host: self.host("a").id };
         let arrivals = self.host("b").arrivals().expect("a daemon");
         arrivals.offer(offer, from).await.into_iter().map(|b| b.code).collect()
     }

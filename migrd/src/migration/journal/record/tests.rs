@@ -14,7 +14,11 @@ fn migration(number: u8) -> MigrationId {
 }
 
 fn peer(number: u8) -> Counterpart {
-    Counterpart { migration: migration(number), address: "b:1".into() }
+    Counterpart {
+        migration: migration(number),
+        address: "b:1".into(),
+        host: HostId::from_bytes([9; 16]),
+    }
 }
 
 fn seal(number: u8, epoch: u64) -> Sealed {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::migration::journal::{Counterpart, Event, Identity, Ownership, Sealed, WorkloadRecord};
 use crate::migration::link::Standing;
 use crate::migration::recovery::{Duty, duty, standing_at_destination, standing_at_source};
-use crate::units::{Epoch, MigrationId, WorkloadId};
+use crate::units::{Epoch, HostId, MigrationId, WorkloadId};
 use crate::workload::Kind;
 
 /// Migration `number`.
@@ -18,7 +18,7 @@ fn number(id: MigrationId) -> u8 {
 }
 
 fn counterpart(number: u8) -> Counterpart {
-    Counterpart { migration: id(number), address: String::new() }
+    Counterpart { migration: id(number), address: String::new(), host: HostId::from_bytes([0; 16]) }
 }
 
 fn identity() -> Identity {

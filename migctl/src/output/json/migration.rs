@@ -1,73 +1,9 @@
-//! The JSON objects of every verb. Their field names are a contract with scripts.
+//! A migration: its progress, its plan and its result.
 
 use migr_proto::v1;
 use serde::Serialize;
 
-/// A workload, as in `list` and `inspect`.
-#[derive(Debug, Clone, Serialize)]
-pub struct Workload {
-    pub name: String,
-    pub kind: &'static str,
-    pub state: &'static str,
-    pub epoch: u64,
-    pub id: String,
-    pub memory_bytes: u64,
-    pub cpus: u32,
-    pub reason: Option<String>,
-    pub moved_to: Option<String>,
-    pub migration_id: Option<String>,
-    pub created_unix_ms: i64,
-}
-
-impl From<v1::Workload> for Workload {
-    fn from(from: v1::Workload) -> Self {
-        Self {
-            kind: kind(from.kind()),
-            state: state(from.state()),
-            name: from.name,
-            epoch: from.epoch,
-            id: from.id,
-            memory_bytes: from.memory_bytes,
-            cpus: from.cpus,
-            reason: filled(from.reason),
-            moved_to: filled(from.moved_to),
-            migration_id: filled(from.migration_id),
-            created_unix_ms: from.created_unix_ms,
-        }
-    }
-}
-
-/// `inspect`.
-#[derive(Debug, Serialize)]
-pub struct Inspection {
-    pub workload: Workload,
-    pub kernel: String,
-    pub initrd: Option<String>,
-    pub cmdline: String,
-    pub vmm_pid: Option<u32>,
-    pub memory_populated_bytes: u64,
-    pub vmm_overhead_bytes: u64,
-    pub log_bytes: u64,
-    pub log_dropped_bytes: u64,
-    pub last_migration: Option<Migration>,
-}
-
-impl From<v1::InspectReply> for Inspection {
-    fn from(from: v1::InspectReply) -> Self {
-        Self {
-            workload: from.workload.unwrap_or_default().into(),
-            kernel: from.kernel,
-            initrd: filled(from.initrd),
-            cmdline: from.cmdline,
-            vmm_pid: Some(from.vmm_pid).filter(|pid| *pid != 0),
-            memory_populated_bytes: from.memory_populated_bytes,
-            vmm_overhead_bytes: from.vmm_overhead_bytes,
-            log_bytes: from.log_bytes,
-            log_dropped_bytes: from.log_dropped_bytes,
-            last_migration: from.last_migration.map(Into::into),
-        }
-    }
-}
+use super::{filled, kind, mode, phase, to_us};
 
 /// The result of a migration: `migrate`, `watch`, and in `inspect`. Figures are
 /// null when the outcome is known but not what was measured.
@@ -230,6 +166,15 @@ fn round(from: &v1::MigrationRound) -> Round {
     }
 }
 
+fn outcome(outcome: v1::MigrationOutcome) -> Outcome {
+    match outcome {
+        v1::MigrationOutcome::Completed => Outcome::Completed,
+        v1::MigrationOutcome::Cancelled => Outcome::Cancelled,
+        v1::MigrationOutcome::Failed => Outcome::Failed,
+        v1::MigrationOutcome::InDoubt | v1::MigrationOutcome::Unspecified => Outcome::InDoubt,
+    }
+}
+
 /// One progress object of `migrate` and `watch`, on stderr.
 #[derive(Debug, Serialize)]
 pub struct Progress<'a> {
@@ -304,106 +249,5 @@ impl From<v1::MigrationPlan> for Plan {
             max_downtime_ms: to_us(max_downtime.as_secs_f64() * 1000.0),
             destination_version: filled(from.destination_version),
         }
-    }
-}
-
-/// One host of `hosts`.
-#[derive(Debug, Serialize)]
-pub struct Host {
-    pub host_id: String,
-    pub address: String,
-    pub version: String,
-    pub protocol: u32,
-    pub kernel: String,
-    pub cpus: u32,
-    pub memory_total_bytes: u64,
-    pub memory_free_bytes: u64,
-    pub memory_reserved_bytes: u64,
-    pub kvm: bool,
-    pub kvm_problem: Option<String>,
-    pub workloads: u32,
-}
-
-impl From<v1::HostReply> for Host {
-    fn from(from: v1::HostReply) -> Self {
-        Self {
-            host_id: from.host_id,
-            address: from.address,
-            version: from.version,
-            protocol: from.protocol,
-            kernel: from.kernel,
-            cpus: from.cpus,
-            memory_total_bytes: from.memory_total_bytes,
-            memory_free_bytes: from.memory_free_bytes,
-            memory_reserved_bytes: from.memory_reserved_bytes,
-            kvm: from.kvm,
-            kvm_problem: filled(from.kvm_problem),
-            workloads: from.workloads,
-        }
-    }
-}
-
-fn filled(text: String) -> Option<String> {
-    Some(text).filter(|text| !text.is_empty())
-}
-
-/// Milliseconds to the microsecond: more digits would only be noise.
-fn to_us(ms: f64) -> f64 {
-    (ms * 1000.0).round() / 1000.0
-}
-
-/// The name of a kind.
-pub fn kind(kind: v1::WorkloadKind) -> &'static str {
-    match kind {
-        v1::WorkloadKind::Unspecified => "unknown",
-        v1::WorkloadKind::Vm => "vm",
-        v1::WorkloadKind::Process => "process",
-        v1::WorkloadKind::Container => "container",
-    }
-}
-
-fn state(state: v1::WorkloadState) -> &'static str {
-    match state {
-        v1::WorkloadState::Unspecified => "unknown",
-        v1::WorkloadState::Running => "running",
-        v1::WorkloadState::Paused => "paused",
-        v1::WorkloadState::Stopped => "stopped",
-        v1::WorkloadState::Migrating => "migrating",
-        v1::WorkloadState::InDoubt => "in_doubt",
-        v1::WorkloadState::Gone => "gone",
-    }
-}
-
-/// The name of a mode, as `--mode` takes it.
-pub fn mode(mode: v1::MigrationMode) -> &'static str {
-    match mode {
-        v1::MigrationMode::Unspecified => "unknown",
-        v1::MigrationMode::Precopy => "precopy",
-        v1::MigrationMode::Stop => "stop",
-        v1::MigrationMode::Postcopy => "postcopy",
-        v1::MigrationMode::Hybrid => "hybrid",
-    }
-}
-
-fn outcome(outcome: v1::MigrationOutcome) -> Outcome {
-    match outcome {
-        v1::MigrationOutcome::Completed => Outcome::Completed,
-        v1::MigrationOutcome::Cancelled => Outcome::Cancelled,
-        v1::MigrationOutcome::Failed => Outcome::Failed,
-        v1::MigrationOutcome::InDoubt | v1::MigrationOutcome::Unspecified => Outcome::InDoubt,
-    }
-}
-
-/// The name of a phase; none if the daemon gave none.
-pub fn phase(phase: v1::MigrationPhase) -> Option<&'static str> {
-    match phase {
-        v1::MigrationPhase::Unspecified => None,
-        v1::MigrationPhase::Planning => Some("planning"),
-        v1::MigrationPhase::Offered => Some("offered"),
-        v1::MigrationPhase::Precopy => Some("precopy"),
-        v1::MigrationPhase::Stopped => Some("stopped"),
-        v1::MigrationPhase::Sealed => Some("sealed"),
-        v1::MigrationPhase::Released => Some("released"),
-        v1::MigrationPhase::Running => Some("running"),
     }
 }

@@ -1,0 +1,122 @@
+//! The JSON objects of every verb. Their field names are a contract with scripts.
+
+mod migration;
+mod names;
+
+use migr_proto::v1;
+use serde::Serialize;
+
+pub use migration::{Blocker, Migration, MigrationFailure, Outcome, Plan, Progress};
+use names::state;
+pub use names::{kind, mode, phase};
+
+/// A workload, as in `list` and `inspect`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Workload {
+    pub name: String,
+    pub kind: &'static str,
+    pub state: &'static str,
+    pub epoch: u64,
+    pub id: String,
+    pub memory_bytes: u64,
+    pub cpus: u32,
+    pub reason: Option<String>,
+    pub moved_to: Option<String>,
+    pub migration_id: Option<String>,
+    pub created_unix_ms: i64,
+}
+
+impl From<v1::Workload> for Workload {
+    fn from(from: v1::Workload) -> Self {
+        Self {
+            kind: kind(from.kind()),
+            state: state(from.state()),
+            name: from.name,
+            epoch: from.epoch,
+            id: from.id,
+            memory_bytes: from.memory_bytes,
+            cpus: from.cpus,
+            reason: filled(from.reason),
+            moved_to: filled(from.moved_to),
+            migration_id: filled(from.migration_id),
+            created_unix_ms: from.created_unix_ms,
+        }
+    }
+}
+
+/// `inspect`.
+#[derive(Debug, Serialize)]
+pub struct Inspection {
+    pub workload: Workload,
+    pub kernel: String,
+    pub initrd: Option<String>,
+    pub cmdline: String,
+    pub vmm_pid: Option<u32>,
+    pub memory_populated_bytes: u64,
+    pub vmm_overhead_bytes: u64,
+    pub log_bytes: u64,
+    pub log_dropped_bytes: u64,
+    pub last_migration: Option<Migration>,
+}
+
+impl From<v1::InspectReply> for Inspection {
+    fn from(from: v1::InspectReply) -> Self {
+        Self {
+            workload: from.workload.unwrap_or_default().into(),
+            kernel: from.kernel,
+            initrd: filled(from.initrd),
+            cmdline: from.cmdline,
+            vmm_pid: Some(from.vmm_pid).filter(|pid| *pid != 0),
+            memory_populated_bytes: from.memory_populated_bytes,
+            vmm_overhead_bytes: from.vmm_overhead_bytes,
+            log_bytes: from.log_bytes,
+            log_dropped_bytes: from.log_dropped_bytes,
+            last_migration: from.last_migration.map(Into::into),
+        }
+    }
+}
+
+/// One host of `hosts`.
+#[derive(Debug, Serialize)]
+pub struct Host {
+    pub host_id: String,
+    pub address: String,
+    pub version: String,
+    pub protocol: u32,
+    pub kernel: String,
+    pub cpus: u32,
+    pub memory_total_bytes: u64,
+    pub memory_free_bytes: u64,
+    pub memory_reserved_bytes: u64,
+    pub kvm: bool,
+    pub kvm_problem: Option<String>,
+    pub workloads: u32,
+}
+
+impl From<v1::HostReply> for Host {
+    fn from(from: v1::HostReply) -> Self {
+        Self {
+            host_id: from.host_id,
+            address: from.address,
+            version: from.version,
+            protocol: from.protocol,
+            kernel: from.kernel,
+            cpus: from.cpus,
+            memory_total_bytes: from.memory_total_bytes,
+            memory_free_bytes: from.memory_free_bytes,
+            memory_reserved_bytes: from.memory_reserved_bytes,
+            kvm: from.kvm,
+            kvm_problem: filled(from.kvm_problem),
+            workloads: from.workloads,
+        }
+    }
+}
+
+fn filled(text: String) -> Option<String> {
+    Some(text).filter(|text| !text.is_empty())
+}
+
+/// Milliseconds to the microsecond: more digits would only be noise.
+fn to_us(ms: f64) -> f64 {
+    (ms * 1000.0).round() / 1000.0
+}
