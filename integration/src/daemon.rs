@@ -302,10 +302,8 @@ impl Drop for Daemon {
             // Nothing is left to do when it has died by itself.
             let _ = self.kill();
         }
-        for pid in leaks::vm_processes(&self.state_dir) {
-            if let Ok(pid) = i32::try_from(pid) {
-                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
+        if let Err(error) = leaks::kill_vms(&self.state_dir) {
+            eprintln!("VMs of {} stay behind: {error:#}", self.name);
         }
     }
 }

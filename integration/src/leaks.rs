@@ -4,6 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde::Serialize;
 
 use crate::daemon::Daemon;
@@ -66,6 +69,23 @@ pub fn vm_processes(state_dir: &Path) -> Vec<u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let numbers = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
     numbers.filter(|pid| is_vm_of(*pid, state_dir)).collect()
+}
+
+/// Kills the VM processes that were started with `state_dir`, as the loss of the
+/// whole host would, and waits until they are gone.
+///
+/// # Errors
+/// When one stays.
+pub fn kill_vms(state_dir: &Path) -> Result<()> {
+    for pid in vm_processes(state_dir) {
+        match kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => return Err(error).context("kill a VM process"),
+        }
+    }
+    wait::until("killed VM processes to go", || {
+        Ok(vm_processes(state_dir).is_empty().then_some(()))
+    })
 }
 
 fn is_vm_of(pid: u32, state_dir: &Path) -> bool {

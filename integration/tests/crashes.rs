@@ -7,8 +7,6 @@ use integration::host_pair::HostPair;
 use integration::leaks;
 use integration::scenario::{Pulse, expect_alive};
 use integration::wait;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 /// Which daemons are killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,9 +170,7 @@ fn a_destination_that_loses_the_sealed_copy_gives_the_guest_back() -> Result<()>
     pair.a.wait_halted()?;
     // The whole destination goes: daemon and VM process.
     pair.b.kill()?;
-    for pid in leaks::vm_processes(pair.b.state_dir()) {
-        kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
-    }
+    leaks::kill_vms(pair.b.state_dir())?;
     pair.b.restart()?;
     pair.a.go_on()?;
     moving.wait()?.expect(4, &["could not run it", "failed"])?;
@@ -194,9 +190,7 @@ fn a_guest_whose_destination_is_lost_is_in_doubt_until_an_operator_decides() -> 
     let moving = pair.a.start_migctl(&["-o", "json", "migrate", pulse.name, "--to", &to])?;
     pair.a.wait_halted()?;
     pair.b.kill()?;
-    for pid in leaks::vm_processes(pair.b.state_dir()) {
-        kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
-    }
+    leaks::kill_vms(pair.b.state_dir())?;
     pair.a.go_on()?;
     moving.wait()?.expect(6, &["in_doubt", "has not confirmed", &to, "--run-here"])?;
     ensure!(pair.a.state_of(pulse.name)?.as_deref() == Some("in_doubt"));

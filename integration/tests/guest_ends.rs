@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use integration::host_pair::HostPair;
+use integration::leaks;
 use integration::migctl::Running;
 use integration::scenario::Pulse;
 use integration::wait;
@@ -77,12 +78,7 @@ fn a_vmm_process_that_is_killed_in_the_middle_of_a_move_is_reported_dead() -> Re
     let to = pair.b.to();
     let moving = pair.a.start_migctl(&["-o", "json", "migrate", pulse.name, "--to", &to])?;
     pair.a.wait_halted()?;
-    for pid in integration::leaks::vm_processes(pair.a.state_dir()) {
-        nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(i32::try_from(pid)?),
-            nix::sys::signal::Signal::SIGKILL,
-        )?;
-    }
+    leaks::kill_vms(pair.a.state_dir())?;
     pair.a.go_on()?;
     moving.wait()?.expect(4, &["failed"])?;
     ensure!(pair.a.state_of(pulse.name)?.as_deref() == Some("stopped"));

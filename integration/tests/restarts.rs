@@ -82,12 +82,7 @@ fn a_guest_whose_process_died_with_the_daemon_is_reported_stopped() -> Result<()
     let pulse = Pulse::small();
     pulse.run(&pair, &pair.a)?;
     pair.a.kill()?;
-    for pid in leaks::vm_processes(pair.a.state_dir()) {
-        nix::sys::signal::kill(
-            nix::unistd::Pid::from_raw(i32::try_from(pid)?),
-            nix::sys::signal::Signal::SIGKILL,
-        )?;
-    }
+    leaks::kill_vms(pair.a.state_dir())?;
     pair.a.start()?;
     ensure!(pair.a.state_of(pulse.name)?.as_deref() == Some("stopped"));
     pair.a.migctl(&["list"])?.expect(0, &["stopped", "gone"])?;
