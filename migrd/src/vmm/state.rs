@@ -161,3 +161,66 @@ fn serial_from_wire(state: proto::SerialState) -> Result<SerialState, MachineErr
         in_buffer: in_buffer.into(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::vmm::console::Console;
+    use crate::vmm::devices::serial::{IrqLine, SerialPort};
+
+    /// Offset of the scratch register.
+    const SCRATCH: u16 = 7;
+
+    fn port() -> SerialPort {
+        let irq = IrqLine(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        SerialPort::new(irq, Console::default().sink())
+    }
+
+    /// Every register with a value of its own.
+    fn odd() -> SerialState {
+        SerialState {
+            baud_divisor_low: 1,
+            baud_divisor_high: 2,
+            interrupt_enable: 3,
+            interrupt_identification: 4,
+            line_control: 5,
+            line_status: 6,
+            modem_control: 7,
+            modem_status: 8,
+            scratch: 255,
+            in_buffer: vec![9, 0, 255],
+        }
+    }
+
+    #[test]
+    fn every_register_of_the_serial_port_survives_the_wire() {
+        assert_eq!(serial_from_wire(serial_to_wire(odd())).unwrap(), odd());
+    }
+
+    #[test]
+    fn a_register_wider_than_a_byte_is_refused() {
+        let wire = proto::SerialState { scratch: 256, ..serial_to_wire(odd()) };
+        assert!(matches!(serial_from_wire(wire), Err(MachineError::Register(256))));
+    }
+
+    #[test]
+    fn a_restored_serial_port_gives_the_guest_the_input_it_had_not_read() {
+        let mut before = port();
+        let typed: Vec<u8> = (0..200).collect();
+        before.input(&typed).unwrap();
+        before.write(SCRATCH, 0x5a);
+        assert_eq!(before.read(0), 0);
+        let (state, queue) = before.state();
+        assert!(!queue.is_empty(), "more was typed than the UART holds");
+        let mut after = port();
+        after.restore(&serial_from_wire(serial_to_wire(state)).unwrap(), queue).unwrap();
+        assert_eq!(after.read(SCRATCH), 0x5a);
+        let rest: Vec<u8> = (1..200).map(|_| after.read(0)).collect();
+        assert_eq!(rest, typed[1..]);
+        assert_eq!(after.queued(), 0);
+    }
+}
