@@ -12,6 +12,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -164,7 +165,8 @@ impl Made {
 }
 
 fn make(directory: &Path) -> Result<Made, CheckpointError> {
-    match fs::create_dir(directory) {
+    // Guest memory is nobody else's to read.
+    match fs::DirBuilder::new().mode(0o700).create(directory) {
         Ok(()) => Ok(Made { directory: true }),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
             let entries = fs::read_dir(directory).map_err(io_error("read", directory))?;

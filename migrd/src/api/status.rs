@@ -59,7 +59,6 @@ pub(super) fn registry(host: &str, error: &RegistryError) -> Status {
         RegistryError::NoEngine(_) => (Code::FailedPrecondition, "NO_ENGINE"),
         RegistryError::Workload(_) => (Code::FailedPrecondition, "WORKLOAD"),
         RegistryError::Journal(_) => (Code::Internal, "JOURNAL"),
-        RegistryError::Migration(_) => (Code::FailedPrecondition, "MIGRATION"),
         RegistryError::ShuttingDown => (Code::Unavailable, "SHUTTING_DOWN"),
     };
     Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()

@@ -20,7 +20,7 @@ use crate::migration::journal::{
     Event, Identity, Journal, JournalError, Ownership, WorkloadRecord,
 };
 use crate::migration::link::{Blocker, Peer, Standing};
-use crate::migration::phase::{MigrationError, Progress, Report};
+use crate::migration::phase::{Progress, Report};
 use crate::migration::plan::{Plan, Question};
 use crate::migration::recovery::standing_at_source;
 use crate::migration::source::released::Released;
@@ -133,9 +133,6 @@ pub enum RegistryError {
     /// The journal.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The migration ended before it began.
-    #[error(transparent)]
-    Migration(#[from] MigrationError),
     /// The daemon is going down.
     #[error("migrd is shutting down; try again when it is back")]
     ShuttingDown,
