@@ -46,10 +46,10 @@ pub struct Report {
 }
 
 /// File descriptors that may come and go: connections that are kept for a while.
-const SPARE_FDS: usize = 24;
+const SPARE_FDS: usize = 4;
 /// What the allocators of a daemon may keep, in KiB: pages of one migration's
 /// send and receive buffers, whose number varies with timing.
-const SPARE_KIB: u64 = 48 << 10;
+const SPARE_KIB: u64 = 24 << 10;
 
 impl Report {
     /// Fails if a daemon has grown.

@@ -112,12 +112,12 @@ fn print_heartbeats(moves: &[(&str, &Measured)]) {
 
 fn print_table(moves: &[(&str, &Measured)], heartbeats: Summary) -> Result<()> {
     println!(
-        "\n{:<8}{:>10}{:>12}{:>12}{:>10}{:>8}{:>10}{:>10}",
+        "\n{:<8}{:>10}{:>12}{:>12}{:>10}{:>8}{:>12}{:>10}",
         "way", "total", "downtime", "guest gap", "MiB", "rounds", "skipped", "verified"
     );
     for (way, moved) in moves {
         println!(
-            "{way:<8}{:>7.0} ms{:>9.1} ms{:>9.1} ms{:>10.1}{:>8}{:>10}{:>10}",
+            "{way:<8}{:>7.0} ms{:>9.1} ms{:>9.1} ms{:>10.1}{:>8}{:>12}{:>10}",
             moved.figure("total_ms")?,
             moved.figure("downtime_ms")?,
             moved.gap_ms,
