@@ -1,0 +1,202 @@
+//! Names and memory that are set aside: for what runs here, and what arrives.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+
+use super::owner::OwnerHandle;
+use super::{Registry, RegistryError, Shared, State, Status};
+use crate::migration::destination::{Claim, Host, valid_name};
+use crate::migration::journal::{Identity, WorkloadRecord};
+use crate::migration::link::{Blocker, Peer};
+use crate::units::{Epoch, MigrationId, WorkloadId};
+use crate::workload::{Engine, Kind, Manifest, Workload};
+
+#[derive(Default)]
+pub(super) struct Table {
+    pub(super) owners: BTreeMap<WorkloadId, OwnerHandle>,
+    pub(super) arriving: BTreeMap<MigrationId, Arrived>,
+    pub(super) under_way: std::collections::BTreeSet<MigrationId>,
+}
+
+/// An arrival that has a claim on this host.
+pub(super) struct Arrived {
+    pub(super) workload: WorkloadId,
+    pub(super) name: String,
+    manifest: Option<Manifest>,
+    bytes: u64,
+}
+
+impl Table {
+    pub(super) fn name_taken(&self, name: &str) -> bool {
+        let here = |handle: &OwnerHandle| {
+            let status = handle.status();
+            status.identity.name == name && status.state != State::Gone
+        };
+        self.owners.values().any(here) || self.arriving.values().any(|a| a.name == name)
+    }
+
+    /// Two attempts to move the same workload here would share its directory.
+    fn arrives(&self, workload: WorkloadId) -> bool {
+        self.arriving.values().any(|a| a.workload == workload)
+    }
+
+    /// Memory promised to workloads and not yet touched by them, in bytes.
+    pub(super) fn promised(&self) -> u64 {
+        let here: u64 = self.owners.values().map(OwnerHandle::untouched).sum();
+        here + self.arriving.values().map(|a| a.bytes).sum::<u64>()
+    }
+}
+
+impl Shared {
+    pub(super) fn room(&self, table: &Table, bytes: u64) -> Result<(), Blocker> {
+        let (_, available) = self.memory.read();
+        let free = available.saturating_sub(table.promised());
+        if bytes <= free {
+            return Ok(());
+        }
+        Err(Blocker {
+            code: "memory".into(),
+            message: format!(
+                "{} MiB of memory are needed and {} MiB are free on {}",
+                bytes >> 20,
+                free >> 20,
+                self.here
+            ),
+            remedy: "stop or move something away from that host, or choose another".into(),
+            host: self.here.clone(),
+        })
+    }
+
+    pub(super) fn arriving_status(
+        &self,
+        migration: MigrationId,
+        arrived: &Arrived,
+    ) -> Option<Status> {
+        let record = self.journal.get(arrived.workload).ok().flatten();
+        let sealed = record.as_ref().and_then(|r| r.sealed.clone());
+        let sealed = sealed.filter(|s| s.from.migration == migration);
+        let identity = match (&sealed, &arrived.manifest) {
+            (Some(_), _) => record?.identity,
+            (None, Some(manifest)) => crate::migration::destination::identity(manifest),
+            (None, None) => return None,
+        };
+        let (state, epoch, peer, reason) = match sealed {
+            Some(sealed) => (
+                State::InDoubt,
+                sealed.epoch,
+                sealed.from.address,
+                "complete here and waiting for its source's word",
+            ),
+            None => (State::Migrating, Epoch(0), String::new(), "arriving"),
+        };
+        let (migration, reason) = (Some(migration), reason.to_owned());
+        Some(Status { identity, epoch, state, reason, peer, migration })
+    }
+}
+
+impl Registry {
+    /// Sets a name and memory aside for a workload that is made here.
+    ///
+    /// # Errors
+    /// When the name can't be one or is used, or the memory is not free.
+    pub fn claim_new(&self, manifest: &Manifest) -> Result<Claim, RegistryError> {
+        if !valid_name(&manifest.name) {
+            return Err(RegistryError::BadName(manifest.name.clone()));
+        }
+        let mut table = self.shared.table();
+        if table.name_taken(&manifest.name) {
+            return Err(RegistryError::NameTaken(manifest.name.clone()));
+        }
+        self.shared.room(&table, manifest.memory_bytes).map_err(RegistryError::NoRoom)?;
+        let id = MigrationId::random();
+        Ok(self.insert_claim(&mut table, id, manifest))
+    }
+
+    fn insert_claim(&self, table: &mut Table, id: MigrationId, manifest: &Manifest) -> Claim {
+        let arrived = Arrived {
+            workload: manifest.workload,
+            name: manifest.name.clone(),
+            manifest: Some(manifest.clone()),
+            bytes: manifest.memory_bytes,
+        };
+        table.arriving.insert(id, arrived);
+        Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id })
+    }
+
+    /// Sets aside what a sealed copy found after a restart holds.
+    #[must_use]
+    pub fn claim_remembered(&self, identity: &Identity, migration: MigrationId) -> Claim {
+        let arrived = Arrived {
+            workload: identity.id,
+            name: identity.name.clone(),
+            manifest: None,
+            bytes: identity.memory_bytes,
+        };
+        self.shared.table().arriving.insert(migration, arrived);
+        Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id: migration })
+    }
+}
+
+/// Gives back what an arrival has claimed.
+struct ClaimGuard {
+    shared: Weak<Shared>,
+    id: MigrationId,
+}
+
+impl Drop for ClaimGuard {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.table().arriving.remove(&self.id);
+        }
+    }
+}
+
+#[async_trait::async_trait]
+impl Host for Registry {
+    fn claim(
+        &self,
+        manifest: &Manifest,
+        migration: MigrationId,
+        dry_run: bool,
+    ) -> Result<Claim, Blocker> {
+        let mut table = self.shared.table();
+        if table.arriving.contains_key(&migration) || table.arrives(manifest.workload) {
+            return Err(Blocker {
+                code: "arriving".into(),
+                message: format!("{} is arriving on {} already", manifest.name, self.shared.here),
+                remedy: "wait a minute for the other attempt to end, then start again".into(),
+                host: self.shared.here.clone(),
+            });
+        }
+        if table.name_taken(&manifest.name) {
+            return Err(Blocker {
+                code: "name-taken".into(),
+                message: format!(
+                    "another workload named {} is on {}",
+                    manifest.name, self.shared.here
+                ),
+                remedy: "rename or remove one of them".into(),
+                host: self.shared.here.clone(),
+            });
+        }
+        self.shared.room(&table, manifest.memory_bytes)?;
+        if dry_run {
+            return Ok(Box::new(()));
+        }
+        Ok(self.insert_claim(&mut table, migration, manifest))
+    }
+
+    async fn arrived(&self, record: WorkloadRecord, workload: Box<dyn Workload>, claim: Claim) {
+        self.take_in(record, Some(workload));
+        drop(claim);
+        tokio::task::spawn_blocking(crate::sys::heap::trim);
+    }
+
+    fn engine(&self, kind: Kind) -> Option<Arc<dyn Engine>> {
+        self.shared.engine(kind)
+    }
+
+    fn peer(&self, address: &str) -> Arc<dyn Peer> {
+        (self.shared.peers)(address)
+    }
+}

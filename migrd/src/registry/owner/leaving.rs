@@ -1,0 +1,264 @@
+//! How a workload leaves: the migration's task, what it brings back, and what
+//! is done while nobody knows whose it is.
+
+use std::sync::{Arc, PoisonError};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use super::super::{RegistryError, Status, Watching};
+use super::handle::{get, put};
+use super::{Active, Back, Holding, Owner};
+use crate::migration::journal::Event;
+use crate::migration::link::Peer;
+use crate::migration::phase::{MigrationError, Outcome, Phase, Progress, Report};
+use crate::migration::plan::{Question, identify};
+use crate::migration::policy::approximate;
+use crate::migration::source;
+use crate::migration::source::released::Settled;
+use crate::migration::source::{Context, End, Request};
+use crate::units::MigrationId;
+use crate::workload::{Manifest, Workload};
+
+impl Owner {
+    pub(super) fn question(
+        &mut self,
+        peer: &Arc<dyn Peer>,
+        request: &Request,
+    ) -> Result<Question, RegistryError> {
+        let streams = self.live("migrated")?.streams();
+        let identity = &self.record.identity;
+        let rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        let terminal = get(&self.published.terminal);
+        Ok(Question {
+            peer: peer.clone(),
+            here: self.shared.host,
+            manifest: Manifest {
+                workload: identity.id,
+                name: identity.name.clone(),
+                kind: identity.kind,
+                streams,
+                config: identity.config.clone(),
+                memory_bytes: identity.memory_bytes,
+                cpus: identity.cpus,
+                paused: self.record.paused,
+                created_unix_ms: identity.created_unix_ms,
+            },
+            epoch: self.record.epoch.next(),
+            mode: request.mode,
+            lanes: self.shared.lanes,
+            populated_bytes: terminal.map_or(0, |t| t.populated_bytes()),
+            known_rate: rates.get(peer.address()).copied().unwrap_or(0.0),
+            fixed_cost: self.shared.fixed_cost.get(),
+        })
+    }
+
+    pub(super) fn migrate(
+        &mut self,
+        peer: Arc<dyn Peer>,
+        request: Request,
+    ) -> Result<Watching, RegistryError> {
+        if self.shared.shutdown.is_cancelled() {
+            return Err(RegistryError::ShuttingDown);
+        }
+        let question = self.question(&peer, &request)?;
+        let id = MigrationId::random();
+        let (progress, progress_seen) = watch::channel(Progress::default());
+        let (result, result_seen) = watch::channel(None);
+        let cancel = CancellationToken::new();
+        let watching = Watching { id, progress: progress_seen, result: result_seen };
+        let context = Context {
+            id,
+            identity: self.record.identity.clone(),
+            epoch: self.record.epoch,
+            paused: self.record.paused,
+            request,
+            here: self.shared.here.clone(),
+            peer,
+            // Known when it has said who it is, which comes first.
+            peer_host: self.shared.host,
+            journal: self.shared.journal.clone(),
+            cancel: cancel.clone(),
+            shutdown: self.shared.shutdown.clone(),
+            progress,
+            fixed_cost: self.shared.fixed_cost.clone(),
+            lanes: self.shared.lanes,
+        };
+        let active = Active { watching: watching.clone(), cancel };
+        let held = std::mem::replace(&mut self.holding, Holding::Gone);
+        let Holding::Here(workload) = held else {
+            self.holding = held;
+            return Err(self.wrong("migrated"));
+        };
+        self.shared.table().under_way.insert(id);
+        self.hold(Holding::Migrating(active));
+        let span = tracing::info_span!("migration", %id, role = "source", workload = self.name());
+        let (back, published) = (self.back.0.clone(), self.published.clone());
+        let moving = async move {
+            let end = moving(question, context, workload).await;
+            let report = match &end {
+                End::Moved(report) | End::Kept(_, report) | End::InDoubt(_, report) => report,
+            };
+            let report = Arc::new(report.clone());
+            put(&published.last, Some(report.clone()));
+            // The owner first, so that whoever hears the result finds the
+            // workload in the state that the result speaks of.
+            let _ = back.send(Back::Migrated(Box::new(end))).await;
+            (report, result)
+        };
+        let (status, shared) = (self.published.status.subscribe(), self.shared.clone());
+        self.shared.tasks.spawn(
+            async move {
+                let (report, result) = moving.await;
+                shared.table().under_way.remove(&id);
+                announced(status, id).await;
+                result.send_replace(Some(report));
+            }
+            .instrument(span),
+        );
+        Ok(watching)
+    }
+
+    pub(super) fn cancel(&mut self) -> Result<MigrationId, RegistryError> {
+        let Holding::Migrating(active) = &self.holding else {
+            return Err(RegistryError::NotMigrating(self.name()));
+        };
+        if active.watching.progress.borrow().phase >= Phase::Released {
+            return Err(RegistryError::TooLate(self.name()));
+        }
+        active.cancel.cancel();
+        Ok(active.watching.id)
+    }
+
+    pub(super) async fn force(&mut self, run_here: bool) -> Result<(), RegistryError> {
+        let Holding::Settling(interrupt) = &self.holding else {
+            return Err(self.wrong("forced"));
+        };
+        interrupt.cancel();
+        let released = match self.back.1.recv().await {
+            Some(Back::Interrupted(released)) => released,
+            Some(other) => {
+                // It settled by itself at this very moment: nothing to force.
+                self.take_back(other).await;
+                return Err(self.wrong("forced"));
+            }
+            None => return Err(RegistryError::ShuttingDown),
+        };
+        let event = if run_here { Event::ForcedHere } else { Event::GivenUp };
+        if let Err(error) = self.journal(event).await {
+            self.hold(Holding::InDoubt(released));
+            return Err(error);
+        }
+        match (released.into_workload(), run_here) {
+            (Some(mut workload), true) => {
+                let thawed = workload.thaw().await;
+                if let Err(error) = workload.stop_tracking().await {
+                    tracing::warn!(%error, "page tracking could not be switched off");
+                }
+                // It is this host's now, whether it runs or not.
+                self.hold(Holding::Here(workload));
+                thawed?;
+            }
+            (Some(workload), false) => {
+                workload.discard().await;
+                self.hold(Holding::Gone);
+            }
+            (None, true) => self.hold(Holding::Lost("its stopped copy is gone".into())),
+            (None, false) => self.hold(Holding::Gone),
+        }
+        Ok(())
+    }
+
+    /// Has the peer asked until it answers.
+    pub(super) fn settle(&mut self) {
+        let interrupt = CancellationToken::new();
+        let settling = Holding::Settling(interrupt.clone());
+        let held = std::mem::replace(&mut self.holding, settling);
+        let Holding::InDoubt(mut released) = held else {
+            self.holding = held;
+            return;
+        };
+        let (back, name) = (self.back.0.clone(), self.name());
+        self.shared.tasks.spawn(async move {
+            let told = |why: &str| tracing::warn!(workload = name, why, "in doubt");
+            let settled = released.settle(&interrupt, told).await;
+            let news = match settled {
+                Some(settled) => Back::Settled(settled, released),
+                None => Back::Interrupted(released),
+            };
+            let _ = back.send(news).await;
+        });
+    }
+
+    pub(super) async fn take_back(&mut self, back: Back) {
+        // Whatever it was, buffers of a migration are free now.
+        tokio::task::spawn_blocking(crate::sys::heap::trim);
+        if let Ok(Some(record)) = self.shared.journal.get(self.record.identity.id) {
+            self.record = record;
+        }
+        match back {
+            Back::Migrated(end) => match *end {
+                End::Moved(report) => {
+                    self.learn_rate(&report);
+                    self.hold(Holding::Gone);
+                }
+                End::Kept(workload, _) => self.hold(Holding::Here(workload)),
+                End::InDoubt(released, report) => {
+                    self.doubt = report.failure.map_or_else(String::new, |f| f.message);
+                    self.hold(Holding::InDoubt(Box::new(released)));
+                }
+            },
+            Back::Settled(Settled::Gone, released) => {
+                if let Some(workload) = released.into_workload() {
+                    workload.discard().await;
+                }
+                self.hold(Holding::Gone);
+            }
+            Back::Settled(Settled::TakenBack, released) => {
+                let holding = released.into_workload().map_or_else(
+                    || Holding::Lost("it came back to a host that had lost it".into()),
+                    Holding::Here,
+                );
+                self.hold(holding);
+            }
+            Back::Settled(Settled::InDoubt(why), released) => {
+                self.doubt = why;
+                self.hold(Holding::InDoubt(released));
+            }
+            Back::Interrupted(released) => self.hold(Holding::InDoubt(released)),
+        }
+    }
+
+    fn learn_rate(&self, report: &Report) {
+        let largest = report.tally.rounds.iter().max_by_key(|r| r.bytes);
+        if let Some(round) =
+            largest.filter(|r| r.bytes > 1 << 24 && report.outcome == Outcome::Completed)
+        {
+            let rate = approximate(round.bytes) / round.took.as_secs_f64().max(1e-6);
+            let mut rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
+            rates.insert(report.destination.clone(), rate);
+        }
+    }
+}
+
+/// Waits until the owner has published the end of migration `id`.
+async fn announced(mut status: watch::Receiver<Status>, id: MigrationId) {
+    let _ = status.wait_for(|s| s.migration != Some(id)).await;
+}
+
+/// Checks who is there, then moves it.
+async fn moving(question: Question, mut context: Context, workload: Box<dyn Workload>) -> End {
+    let asked = context.cancel.run_until_cancelled(identify(&question)).await;
+    match asked {
+        Some(Ok(facts)) => {
+            context.peer_host = facts.host;
+            source::run(context, workload).await
+        }
+        Some(Err(blocker)) => {
+            let cause = MigrationError::Refused(vec![blocker]);
+            End::Kept(workload, context.refused(&cause))
+        }
+        None => End::Kept(workload, context.refused(&MigrationError::Cancelled)),
+    }
+}
