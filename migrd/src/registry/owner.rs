@@ -250,12 +250,7 @@ impl Owner {
                 biased;
                 Some(back) = back.recv() => self.take_back(back).await,
                 () = shutdown.cancelled(), if !matches!(self.holding, Holding::Migrating(_)) => break,
-                changed = changed(run_state) => {
-                    if !changed {
-                        self.run_state = None;
-                    }
-                    self.publish();
-                }
+                () = changed(run_state) => self.publish(),
                 command = inbox.recv() => match command {
                     Some(Command::Remove(reply)) => {
                         let done = self.remove().await;
@@ -638,11 +633,15 @@ impl Owner {
     }
 }
 
-/// Waits for news of what the workload does; false when there won't be any.
-async fn changed(state: &mut Option<watch::Receiver<RunState>>) -> bool {
-    match state {
+/// Waits for news of what the workload does; for ever when there won't be any,
+/// and then the last news stay true.
+async fn changed(state: &mut Option<watch::Receiver<RunState>>) {
+    let news = match state {
         Some(state) => state.changed().await.is_ok(),
-        None => std::future::pending().await,
+        None => false,
+    };
+    if !news {
+        std::future::pending().await
     }
 }
 
