@@ -320,3 +320,14 @@ fn a_snapshot_that_is_none_or_is_damaged_is_refused() -> Result<()> {
     pair.b.migctl(&["rm", "copy"])?.ok()?;
     pair.finish(pulse.name)
 }
+
+/// A pipe that nobody writes into must not hold up the daemon, nor anybody
+/// else that it serves.
+#[test]
+fn a_kernel_that_is_a_pipe_is_refused_at_once() -> Result<()> {
+    let pair = HostPair::start()?;
+    let path = pair.directory().join("pipe");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU)?;
+    let path = path.display().to_string();
+    run_refused(&pair.a, &["vm", "--kernel", &path, "--memory", "64M"], &["not a file"])
+}

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use integration::faulty_link::{Fault, FaultyLink};
-use integration::host_pair::HostPair;
+use integration::host_pair::{HostPair, migrate};
 use integration::leaks;
 use integration::migctl::Running;
 use integration::scenario::{Pulse, expect_alive};
@@ -130,4 +130,20 @@ fn two_vms_pass_each_other_on_their_way() -> Result<()> {
     pair.b.migctl(&["stop", left.name, "--force"])?.ok()?;
     pair.b.migctl(&["rm", left.name])?.ok()?;
     pair.finish(right.name)
+}
+
+/// The destination was still making room when the source gave up: what it made
+/// was left for ever, and stood in the way of every later move.
+#[test]
+fn a_migration_given_up_while_the_destination_prepares_leaves_nothing_there() -> Result<()> {
+    let pair = HostPair::start()?;
+    let pulse = Pulse::small();
+    pulse.run(&pair, &pair.a)?;
+    migrate(&pair.a, &pair.b, pulse.name, &["--timeout", "1us"])?.expect(4, &["timeout"])?;
+    wait::until("the destination has dropped it", || {
+        Ok(leaks::expect_nothing_left(&pair.b).is_ok().then_some(()))
+    })?;
+    pair.there(pulse.name, &["--verify"])?;
+    expect_alive(&pair.b, pulse.name, 5)?;
+    pair.finish(pulse.name)
 }

@@ -163,6 +163,8 @@ pub fn plan(plan: &Plan) -> String {
     let rate = plan
         .measured_rate_bytes_per_s
         .map_or_else(|| "not measured".to_owned(), |rate| format!("{}/s", show_bytes(rate)));
+    let predicted =
+        |ms: Option<f64>| ms.map_or_else(|| "not known before a first migration".into(), show_ms);
     let facts = [
         ("source", plan.source.clone()),
         ("destination", plan.destination.clone()),
@@ -171,8 +173,8 @@ pub fn plan(plan: &Plan) -> String {
         ("memory touched", show_bytes(plan.populated_bytes)),
         ("destination free", show_bytes(plan.destination_free_bytes)),
         ("link rate", rate),
-        ("predicted total", show_ms(plan.predicted_total_ms)),
-        ("predicted downtime", show_ms(plan.predicted_downtime_ms)),
+        ("predicted total", predicted(plan.predicted_total_ms)),
+        ("predicted downtime", predicted(plan.predicted_downtime_ms)),
         ("allowed downtime", show_ms(plan.max_downtime_ms)),
     ];
     let mut text = format!("{} {verdict}; nothing was touched", plain(&plan.workload));

@@ -68,6 +68,18 @@ impl ControlService {
     }
 }
 
+/// Does `work` whole, even if the client that asked for it has gone meanwhile
+/// and nobody waits for the answer: half of it would leave a VM that no record
+/// speaks of.
+pub(super) async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> T {
+    match tokio::spawn(work).await {
+        Ok(done) => done,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
 #[tonic::async_trait]
 impl Control for ControlService {
     type LogsStream = Chunks;
@@ -95,12 +107,16 @@ impl Control for ControlService {
             created_unix_ms: unix_ms(),
         };
         let claim = self.registry.claim_new(&manifest).map_err(|e| self.refused(&e))?;
-        let vm = self.vms.create(id, &new).await;
-        let vm = vm.map_err(|e| status::workload(self.here(), &e))?;
-        let identity: Identity = crate::migration::destination::identity(&manifest);
-        let created = self.registry.create(identity, vm).await;
-        drop(claim);
-        self.workload(created)
+        let (registry, vms) = (self.registry.clone(), self.vms.clone());
+        let created = to_the_end(async move {
+            let vm = vms.create(id, &new).await;
+            let vm = vm.map_err(|e| status::workload(registry.here(), &e))?;
+            let identity: Identity = crate::migration::destination::identity(&manifest);
+            let created = registry.create(identity, vm).await;
+            drop(claim);
+            created.map_err(|e| status::registry(registry.here(), &e))
+        });
+        Ok(Response::new(convert::workload(&created.await?)))
     }
 
     async fn list(
@@ -258,8 +274,12 @@ impl Control for ControlService {
     ) -> Result<Response<proto::CheckpointReply>, Status> {
         let request = request.into_inner();
         let directory = orders::absolute(self.here(), "directory", &request.directory)?;
-        let written = checkpoint::write(&self.registry, &request.name, &directory).await;
-        let written = written.map_err(|e| status::checkpoint(self.here(), &e))?;
+        let registry = self.registry.clone();
+        let written =
+            to_the_end(
+                async move { checkpoint::write(&registry, &request.name, &directory).await },
+            );
+        let written = written.await.map_err(|e| status::checkpoint(self.here(), &e))?;
         Ok(Response::new(proto::CheckpointReply {
             bytes_written: written.bytes,
             pages_written: written.pages,
@@ -274,8 +294,10 @@ impl Control for ControlService {
         let request = request.into_inner();
         let directory = orders::absolute(self.here(), "directory", &request.directory)?;
         let name = (!request.name.is_empty()).then_some(request.name);
-        let restored = checkpoint::restore(&self.registry, &directory, name).await;
-        let status = restored.map_err(|e| status::checkpoint(self.here(), &e))?;
+        let registry = self.registry.clone();
+        let restored =
+            to_the_end(async move { checkpoint::restore(&registry, &directory, name).await });
+        let status = restored.await.map_err(|e| status::checkpoint(self.here(), &e))?;
         Ok(Response::new(convert::workload(&status)))
     }
 

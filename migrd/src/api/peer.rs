@@ -4,6 +4,7 @@ use migr_proto::v1 as proto;
 use migr_proto::v1::peer_server::Peer;
 use tonic::{Request, Response, Status};
 
+use super::control::to_the_end;
 use super::convert::ms;
 use super::status::{self, invalid};
 use crate::migration::destination::{Arrivals, MAX_STREAMS};
@@ -133,7 +134,8 @@ impl Peer for PeerService {
             .parse()
             .map_err(|_| invalid(self.here(), "source_host_id is not a UUID"))?;
         let from = Counterpart { migration, address: request.source_address, host };
-        let blockers = self.arrivals.offer(offer, from).await;
+        let arrivals = self.arrivals.clone();
+        let blockers = to_the_end(async move { arrivals.offer(offer, from).await }).await;
         let problem = |b: crate::migration::link::Blocker| proto::OfferProblem {
             code: b.code,
             message: b.message,

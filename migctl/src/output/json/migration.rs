@@ -223,8 +223,8 @@ pub struct Plan {
     pub populated_bytes: u64,
     pub destination_free_bytes: u64,
     pub measured_rate_bytes_per_s: Option<u64>,
-    pub predicted_total_ms: f64,
-    pub predicted_downtime_ms: f64,
+    pub predicted_total_ms: Option<f64>,
+    pub predicted_downtime_ms: Option<f64>,
     pub max_downtime_ms: f64,
     pub destination_version: Option<String>,
 }
@@ -232,6 +232,7 @@ pub struct Plan {
 impl From<v1::MigrationPlan> for Plan {
     fn from(from: v1::MigrationPlan) -> Self {
         let max_downtime = std::time::Duration::from_micros(from.max_downtime_us);
+        let known = from.measured_rate_bytes_per_s != 0;
         Self {
             kind: kind(from.kind()),
             mode: mode(from.mode()),
@@ -244,8 +245,9 @@ impl From<v1::MigrationPlan> for Plan {
             populated_bytes: from.populated_bytes,
             destination_free_bytes: from.destination_free_bytes,
             measured_rate_bytes_per_s: Some(from.measured_rate_bytes_per_s).filter(|r| *r != 0),
-            predicted_total_ms: to_us(from.predicted_total_ms),
-            predicted_downtime_ms: to_us(from.predicted_downtime_ms),
+            // Without a measured rate nothing is predicted.
+            predicted_total_ms: known.then(|| to_us(from.predicted_total_ms)),
+            predicted_downtime_ms: known.then(|| to_us(from.predicted_downtime_ms)),
             max_downtime_ms: to_us(max_downtime.as_secs_f64() * 1000.0),
             destination_version: filled(from.destination_version),
         }

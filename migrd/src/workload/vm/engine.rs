@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -248,7 +249,11 @@ impl VmEngine {
 }
 
 fn open(what: &str, path: &Path) -> Result<File, WorkloadError> {
-    let opened = File::open(path);
+    // Not to wait for somebody to write into what may be a pipe.
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
+        .open(path);
     let file = opened.map_err(|e| {
         WorkloadError::caused(format!("cannot open the {what} {}: {e}", path.display()), e)
     })?;
