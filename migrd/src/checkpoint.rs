@@ -3,7 +3,7 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `manifest.json` | version, name, kind, streams, configuration |
+//! | `manifest.json` | version, name, kind, streams, configuration; with a CRC-32 |
 //! | `state.bin` | what `Workload::save` gave |
 //! | `chunks.bin` | batches, framed as on a lane (`docs/protocol.md`) |
 //!
@@ -12,11 +12,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::destination::{Host, identity};
@@ -214,7 +215,7 @@ async fn write_frozen(
             state_crc32: crc32fast::hash(&state),
             batches,
         };
-        let manifest = serde_json::to_vec_pretty(&on_disk).map_err(|e| damaged(&place, e))?;
+        let manifest = seal(&on_disk).map_err(|e| damaged(&place, e))?;
         write_whole(&place.join(MANIFEST), &manifest)?;
         sync_names(&place)?;
         let bytes = chunk_bytes + (state.len() + manifest.len()) as u64;
@@ -260,22 +261,51 @@ fn damaged(directory: &Path, why: impl ToString) -> CheckpointError {
     CheckpointError::Damaged { path: directory.display().to_string(), why: why.to_string() }
 }
 
+/// Opens a file of a snapshot. Anything but a plain file, a pipe say, might
+/// hold the reader for ever.
+fn open_plain(path: &Path) -> Result<File, CheckpointError> {
+    let mut options = fs::OpenOptions::new();
+    let opened = options.read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+    let file = opened.map_err(io_error("read", path))?;
+    if file.metadata().map_err(io_error("read", path))?.is_file() {
+        return Ok(file);
+    }
+    Err(damaged(path.parent().unwrap_or(path), format!("{} is not a file", path.display())))
+}
+
 fn read_small(path: &Path) -> Result<Vec<u8>, CheckpointError> {
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(io_error("read", path))?;
+    let file = open_plain(path)?;
     file.take(MAX_SMALL).read_to_end(&mut bytes).map_err(io_error("read", path))?;
     Ok(bytes)
+}
+
+/// The manifest with a checksum over it: CRC-32 (IEEE) of its members, sorted
+/// by name and without white space.
+#[derive(Serialize, Deserialize)]
+struct SealedManifest {
+    crc32: u32,
+    manifest: serde_json::Value,
+}
+
+fn seal(on_disk: &OnDisk) -> serde_json::Result<Vec<u8>> {
+    let manifest = serde_json::to_value(on_disk)?;
+    let crc32 = crc32fast::hash(&serde_json::to_vec(&manifest)?);
+    serde_json::to_vec_pretty(&SealedManifest { crc32, manifest })
 }
 
 /// Reads manifest and state.
 fn open(directory: &Path) -> Result<(OnDisk, Vec<u8>), CheckpointError> {
     let bytes = read_small(&directory.join(MANIFEST))?;
-    // The version first: a newer manifest may look different.
-    let value: serde_json::Value =
+    let SealedManifest { crc32, manifest } =
         serde_json::from_slice(&bytes).map_err(|e| damaged(directory, e))?;
-    let version = value.get("version").and_then(serde_json::Value::as_u64);
-    let version = version.and_then(|v| u32::try_from(v).ok());
-    match version {
+    let plain = serde_json::to_vec(&manifest).map_err(|e| damaged(directory, e))?;
+    if crc32fast::hash(&plain) != crc32 {
+        return Err(damaged(directory, "its manifest.json is damaged"));
+    }
+    // The version first: a newer manifest may look different.
+    let version = manifest.get("version").and_then(serde_json::Value::as_u64);
+    match version.and_then(|v| u32::try_from(v).ok()) {
         Some(version) if version > VERSION => {
             let path = directory.display().to_string();
             return Err(CheckpointError::Newer { path, version });
@@ -283,7 +313,7 @@ fn open(directory: &Path) -> Result<(OnDisk, Vec<u8>), CheckpointError> {
         Some(_) => {}
         None => return Err(damaged(directory, "its manifest has no version")),
     }
-    let on_disk: OnDisk = serde_json::from_value(value).map_err(|e| damaged(directory, e))?;
+    let on_disk: OnDisk = serde_json::from_value(manifest).map_err(|e| damaged(directory, e))?;
     let state = read_small(&directory.join(STATE))?;
     if state.len() as u64 != on_disk.state_bytes || crc32fast::hash(&state) != on_disk.state_crc32 {
         return Err(damaged(directory, "its state.bin is damaged"));
@@ -348,13 +378,13 @@ fn manifest(on_disk: OnDisk, name: Option<String>) -> Manifest {
 }
 
 fn load(
-    path: &PathBuf,
+    path: &Path,
     streams: &[StreamSpec],
     sink: Arc<dyn crate::workload::ChunkSink>,
     batches: u64,
 ) -> Result<(), CheckpointError> {
     let directory = path.parent().unwrap_or(path);
-    let file = File::open(path).map_err(io_error("read", path))?;
+    let file = open_plain(path)?;
     let applied = FileLane::new(streams, sink).read(file).map_err(|e| match e {
         FileError::Io(e) => io_error("read", path)(e),
         FileError::Batch(e) => damaged(directory, e),

@@ -6,8 +6,9 @@
 
 mod record;
 
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 
@@ -70,7 +71,17 @@ fn storage(error: impl Into<redb::Error>) -> JournalError {
 /// The journal of one host. Cheap to clone.
 #[derive(Clone)]
 pub struct Journal {
-    database: Arc<Database>,
+    file: Arc<JournalFile>,
+}
+
+struct JournalFile {
+    /// None between a failure and the next attempt to open it again.
+    database: RwLock<Option<Database>>,
+    /// Where it can be opened again; a backend of a test can't be.
+    path: Option<PathBuf>,
+    /// A transaction has failed. redb does nothing more with a file after an
+    /// I/O error until it is opened again, even if there is room by then.
+    suspect: AtomicBool,
 }
 
 impl Journal {
@@ -84,7 +95,7 @@ impl Journal {
             path: path.display().to_string(),
             source: Box::new(source.into()),
         })?;
-        Self::over(database)
+        Self::made(database, Some(path.to_owned()))
     }
 
     /// A journal over any redb backend, for tests that make the storage fail.
@@ -92,13 +103,66 @@ impl Journal {
     /// # Errors
     /// When the backend can't be read or holds something else.
     pub fn over(database: Database) -> Result<Self, JournalError> {
-        let journal = Self { database: Arc::new(database) };
+        Self::made(database, None)
+    }
+
+    fn made(database: Database, path: Option<PathBuf>) -> Result<Self, JournalError> {
+        let database = RwLock::new(Some(database));
+        let file = JournalFile { database, path, suspect: AtomicBool::new(false) };
+        let journal = Self { file: Arc::new(file) };
         journal.prepare()?;
         Ok(journal)
     }
 
+    /// Opens the file again if a transaction has failed since it was opened.
+    fn recover(&self) -> Result<(), JournalError> {
+        let Some(path) = &self.file.path else { return Ok(()) };
+        if !self.file.suspect.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut slot = self.file.database.write().unwrap_or_else(PoisonError::into_inner);
+        if self.file.suspect.load(Ordering::Acquire) {
+            drop(slot.take());
+            let opened = Database::create(path).map_err(|source| JournalError::Open {
+                path: path.display().to_string(),
+                source: Box::new(source.into()),
+            })?;
+            *slot = Some(opened);
+            self.file.suspect.store(false, Ordering::Release);
+            tracing::warn!(path = %path.display(), "the journal was opened again after a failure");
+        }
+        Ok(())
+    }
+
+    fn with<T>(
+        &self,
+        begin: impl FnOnce(&Database) -> Result<T, JournalError>,
+    ) -> Result<T, JournalError> {
+        self.recover()?;
+        let slot = self.file.database.read().unwrap_or_else(PoisonError::into_inner);
+        let database = slot.as_ref().ok_or_else(|| storage(redb::StorageError::PreviousIo))?;
+        begin(database)
+    }
+
+    fn begin_write(&self) -> Result<redb::WriteTransaction, JournalError> {
+        self.noticing(self.with(|database| database.begin_write().map_err(storage)))
+    }
+
+    fn begin_read(&self) -> Result<redb::ReadTransaction, JournalError> {
+        self.noticing(self.with(|database| database.begin_read().map_err(storage)))
+    }
+
+    /// Has the file opened again before it is used again, if `result` says that
+    /// it failed.
+    fn noticing<T>(&self, result: Result<T, JournalError>) -> Result<T, JournalError> {
+        if matches!(result, Err(JournalError::Storage(_))) {
+            self.file.suspect.store(true, Ordering::Release);
+        }
+        result
+    }
+
     fn prepare(&self) -> Result<(), JournalError> {
-        let write = self.database.begin_write().map_err(storage)?;
+        let write = self.begin_write()?;
         {
             let mut meta = write.open_table(META).map_err(storage)?;
             let version = meta.get("version").map_err(storage)?.map(|v| v.value().first().copied());
@@ -122,7 +186,11 @@ impl Journal {
     /// # Errors
     /// When the journal can't be read or written.
     pub fn host_id(&self) -> Result<HostId, JournalError> {
-        let write = self.database.begin_write().map_err(storage)?;
+        self.noticing(self.host_id_once())
+    }
+
+    fn host_id_once(&self) -> Result<HostId, JournalError> {
+        let write = self.begin_write()?;
         let id = {
             let mut meta = write.open_table(META).map_err(storage)?;
             let known = meta.get("host_id").map_err(storage)?.map(|v| v.value().to_vec());
@@ -144,7 +212,11 @@ impl Journal {
     /// # Errors
     /// When the journal can't be read.
     pub fn get(&self, id: WorkloadId) -> Result<Option<WorkloadRecord>, JournalError> {
-        let read = self.database.begin_read().map_err(storage)?;
+        self.noticing(self.get_once(id))
+    }
+
+    fn get_once(&self, id: WorkloadId) -> Result<Option<WorkloadRecord>, JournalError> {
+        let read = self.begin_read()?;
         let table = read.open_table(WORKLOADS).map_err(storage)?;
         let bytes = table.get(id.as_bytes()).map_err(storage)?;
         bytes.map(|b| decode(id, b.value())).transpose()
@@ -155,7 +227,11 @@ impl Journal {
     /// # Errors
     /// When the journal can't be read.
     pub fn all(&self) -> Result<Vec<WorkloadRecord>, JournalError> {
-        let read = self.database.begin_read().map_err(storage)?;
+        self.noticing(self.all_once())
+    }
+
+    fn all_once(&self) -> Result<Vec<WorkloadRecord>, JournalError> {
+        let read = self.begin_read()?;
         let table = read.open_table(WORKLOADS).map_err(storage)?;
         let entries = table.iter().map_err(storage)?;
         entries
@@ -171,7 +247,11 @@ impl Journal {
     /// # Errors
     /// When the journal can't be read.
     pub fn is_discarded(&self, migration: MigrationId) -> Result<bool, JournalError> {
-        let read = self.database.begin_read().map_err(storage)?;
+        self.noticing(self.is_discarded_once(migration))
+    }
+
+    fn is_discarded_once(&self, migration: MigrationId) -> Result<bool, JournalError> {
+        let read = self.begin_read()?;
         let table = read.open_table(DISCARDED).map_err(storage)?;
         Ok(table.get(migration.as_bytes()).map_err(storage)?.is_some())
     }
@@ -189,7 +269,15 @@ impl Journal {
         identity: &Identity,
         event: &Event,
     ) -> Result<WorkloadRecord, JournalError> {
-        let write = self.database.begin_write().map_err(storage)?;
+        self.noticing(self.record_once(identity, event))
+    }
+
+    fn record_once(
+        &self,
+        identity: &Identity,
+        event: &Event,
+    ) -> Result<WorkloadRecord, JournalError> {
+        let write = self.begin_write()?;
         let next = {
             let mut table = write.open_table(WORKLOADS).map_err(storage)?;
             let before = match table.get(identity.id.as_bytes()).map_err(storage)? {
@@ -235,7 +323,11 @@ impl Journal {
     /// # Errors
     /// When the disk refuses; nothing is then promised.
     pub fn discard_unknown(&self, migration: MigrationId) -> Result<(), JournalError> {
-        let write = self.database.begin_write().map_err(storage)?;
+        self.noticing(self.discard_unknown_once(migration))
+    }
+
+    fn discard_unknown_once(&self, migration: MigrationId) -> Result<(), JournalError> {
+        let write = self.begin_write()?;
         promise(&write, migration)?;
         write.commit().map_err(storage)
     }

@@ -193,7 +193,7 @@ fn what_was_handed_back_as_never_run_is_promised() {
 #[test]
 fn the_newest_promise_is_kept_however_many_are_older_and_whatever_the_clock_says() {
     let journal = in_memory();
-    let write = journal.database.begin_write().expect("redb");
+    let write = journal.begin_write().expect("redb");
     {
         // As if each had been given at a far later time than now.
         let mut table = write.open_table(DISCARDED).expect("redb");
@@ -218,7 +218,7 @@ fn uuid_of(number: usize) -> MigrationId {
 }
 
 fn put_raw(journal: &Journal, bytes: &[u8]) {
-    let write = journal.database.begin_write().expect("redb");
+    let write = journal.begin_write().expect("redb");
     {
         let mut table = write.open_table(WORKLOADS).expect("redb");
         table.insert(identity().id.as_bytes(), bytes).expect("redb");
@@ -257,7 +257,7 @@ fn a_journal_of_a_newer_version_is_left_alone() {
     let shared = storage::Shared(memory);
     let open = || Database::builder().create_with_backend(shared.clone()).expect("redb");
     let journal = Journal::over(open()).expect("a journal");
-    let write = journal.database.begin_write().expect("redb");
+    let write = journal.begin_write().expect("redb");
     {
         let mut meta = write.open_table(META).expect("redb");
         meta.insert("version", [VERSION + 1].as_slice()).expect("redb");
