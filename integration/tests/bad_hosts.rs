@@ -125,11 +125,47 @@ fn a_source_whose_state_directory_is_full_keeps_its_guest() -> Result<()> {
     Ok(())
 }
 
-/// Fills the daemon's own view of its state directory to the last byte.
-fn fill(daemon: &integration::daemon::Daemon) -> Result<()> {
+/// One failed write used to end the journal until the daemon was started again,
+/// however much room there was by then.
+#[test]
+fn a_journal_that_had_no_room_works_again_when_there_is_room() -> Result<()> {
+    let mut pair = HostPair::prepare()?;
+    pair.a.before("mount -t tmpfs -o size=1800k none \"$STATE\"");
+    pair.a.start()?;
+    pair.b.start()?;
+    let pulse = Pulse { rate: 20, ..Pulse::small() };
+    pulse.run(&pair, &pair.a)?;
+    fill(&pair.a)?;
+    let toggle = |daemon: &integration::daemon::Daemon| -> Result<i32> {
+        let paused = daemon.state_of(pulse.name)?.as_deref() == Some("paused");
+        let verb = if paused { "resume" } else { "pause" };
+        Ok(daemon.migctl(&[verb, pulse.name])?.status)
+    };
+    let mut failed = false;
+    for _ in 0..200 {
+        failed = toggle(&pair.a)? != 0;
+        if failed {
+            break;
+        }
+    }
+    ensure!(failed, "the journal never ran out of room, so this shows nothing");
+    std::fs::remove_file(ballast(&pair.a)?)?;
+    for _ in 0..4 {
+        ensure!(toggle(&pair.a)? == 0, "the journal does not recover");
+    }
+    Ok(())
+}
+
+/// A file in the daemon's own view of its state directory.
+fn ballast(daemon: &integration::daemon::Daemon) -> Result<std::path::PathBuf> {
     let root = format!("/proc/{}/root", daemon.pid()?);
     let path = daemon.state_dir().strip_prefix("/").context("a relative state directory")?;
-    let mut file = std::fs::File::create(std::path::Path::new(&root).join(path).join("ballast"))?;
+    Ok(std::path::Path::new(&root).join(path).join("ballast"))
+}
+
+/// Fills the daemon's own view of its state directory to the last byte.
+fn fill(daemon: &integration::daemon::Daemon) -> Result<()> {
+    let mut file = std::fs::File::create(ballast(daemon)?)?;
     let mut piece = &[0x55; 65536][..];
     loop {
         match std::io::Write::write(&mut file, piece) {

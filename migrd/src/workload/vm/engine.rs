@@ -11,13 +11,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use migr_proto::v1 as proto;
 use prost::Message;
 
 use super::arriving::ArrivingVm;
-use super::child::{Child, ChildSpec, ChildState, open_kvm, own_program};
+use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm, own_program};
 use super::running::{Vm, remove};
 use super::{chain, failed, streams, told};
 use crate::units::WorkloadId;
@@ -31,6 +32,10 @@ const CONFIG_VERSION: u32 = 1;
 /// The mode of directories: whoever connects to a VM's control socket owns the
 /// VM, and its log is for nobody else to read.
 const PRIVATE: u32 = 0o700;
+
+/// How long, and how often, a child that does not answer is given to be gone.
+const DYING_PAUSE: Duration = Duration::from_millis(50);
+const DYING_TRIES: u32 = 60;
 
 /// A VM to be made and booted.
 #[derive(Clone, Debug)]
@@ -226,7 +231,16 @@ impl VmEngine {
     }
 
     async fn adopt(&self, directory: &Path) -> Result<Option<Child>, WorkloadError> {
-        Child::adopt(directory).await.map_err(told("take the VM back"))
+        let mut adopted = Child::adopt(directory).await;
+        for _ in 0..DYING_TRIES {
+            // A child that was killed just now still accepts, and says nothing.
+            if !matches!(adopted, Err(ChildError::Dead(_))) {
+                break;
+            }
+            tokio::time::sleep(DYING_PAUSE).await;
+            adopted = Child::adopt(directory).await;
+        }
+        adopted.map_err(told("take the VM back"))
     }
 
     /// Ends every VM that is not in `known`, and clears its directory away.
