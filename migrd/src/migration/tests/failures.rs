@@ -110,7 +110,17 @@ async fn a_second_fault_while_settling_leaves_exactly_one_running() {
 
 #[tokio::test]
 async fn a_workload_that_fails_at_any_step_of_the_source_keeps_running_there() {
-    for op in [Op::StartTracking, Op::Dirty, Op::Clear, Op::Freeze, Op::Save, Op::Hash] {
+    let ops = [
+        Op::StartTracking,
+        Op::Dirty,
+        Op::Clear,
+        Op::Drain,
+        Op::Freeze,
+        Op::Save,
+        Op::Hash,
+        Op::LetGo,
+    ];
+    for op in ops {
         for mode in [Mode::Precopy, Mode::Stop] {
             let world = World::new();
             let identity = world.workload(10);

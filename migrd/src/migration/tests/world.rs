@@ -24,8 +24,8 @@ use crate::migration::source::{self, Context, End, FixedCost, Request};
 use crate::units::{Epoch, HostId, MigrationId, PAGE_SIZE, PageRun, WorkloadId};
 use crate::workload::fake::{Census, FakeArriving, FakeWorkload, Guest, STREAM};
 use crate::workload::{
-    Arriving, ChunkSink, ChunkSource, Engine, Kind, Manifest, StreamKey, StreamSpec, Workload,
-    WorkloadError,
+    Arriving, ChunkSink, ChunkSource, Engine, Kind, Manifest, Problem, StreamKey, StreamSpec,
+    Workload, WorkloadError,
 };
 
 /// Pages of the test's workload.
@@ -399,8 +399,8 @@ impl Engine for FakeEngine {
         lock(&self.0.guests).remove(&id);
     }
 
-    fn check(&self, _: &Manifest) -> Result<(), WorkloadError> {
-        Ok(())
+    async fn check(&self, _: &Manifest) -> Vec<Problem> {
+        Vec::new()
     }
 
     async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError> {
@@ -680,7 +680,8 @@ impl Peer for Link {
 
 /// What most tests ask for.
 pub fn request(mode: Mode) -> Request {
-    Request { mode, max_downtime: Duration::from_millis(50), timeout: None, verify: true }
+    let max_downtime = Duration::from_millis(50);
+    Request { mode, max_downtime, timeout: None, verify: true, copy_disks: false }
 }
 
 impl World {
