@@ -1,7 +1,7 @@
 //! Two hosts in memory, joined by a link that can fail at any call, each of
 //! which can lose its daemon at any call and start it again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -94,6 +94,8 @@ pub struct TestHost {
     world: Weak<World>,
     pub guests: Mutex<HashMap<WorkloadId, Arc<Guest>>>,
     daemon: Mutex<Option<Daemon>>,
+    /// Workloads that something was set aside for.
+    arriving: Arc<Mutex<HashSet<WorkloadId>>>,
     /// Guests that are made here will refuse these.
     pub failing: Mutex<Vec<(crate::workload::fake::Op, u32)>>,
 }
@@ -126,6 +128,7 @@ impl World {
                 guests: Mutex::default(),
                 daemon: Mutex::default(),
                 failing: Mutex::default(),
+                arriving: Arc::default(),
             });
             lock(&world.hosts).push(host.clone());
             host.start();
@@ -415,8 +418,17 @@ impl Engine for FakeEngine {
 
 #[async_trait]
 impl Host for Handle {
-    fn claim(&self, _: &Manifest, _: MigrationId, _: bool) -> Result<Claim, Blocker> {
-        Ok(Box::new(()))
+    fn claim(&self, manifest: &Manifest, _: MigrationId, _: bool) -> Result<Claim, Blocker> {
+        let workload = manifest.workload;
+        if !lock(&self.0.arriving).insert(workload) {
+            return Err(Blocker {
+                code: "arriving".into(),
+                message: "it is on its way here already".into(),
+                remedy: String::new(),
+                host: self.0.address.clone(),
+            });
+        }
+        Ok(Box::new(Claimed { arriving: self.0.arriving.clone(), workload }))
     }
 
     async fn arrived(&self, _: WorkloadRecord, _: Box<dyn Workload>, _: Claim) {}
@@ -427,6 +439,18 @@ impl Host for Handle {
 
     fn peer(&self, address: &str) -> Arc<dyn Peer> {
         self.0.world().link(&self.0.address, address)
+    }
+}
+
+/// What was set aside for a workload, until it is dropped.
+struct Claimed {
+    arriving: Arc<Mutex<HashSet<WorkloadId>>>,
+    workload: WorkloadId,
+}
+
+impl Drop for Claimed {
+    fn drop(&mut self) {
+        lock(&self.arriving).remove(&self.workload);
     }
 }
 
