@@ -177,9 +177,8 @@ impl Arrivals {
     async fn end_earlier(&self, workload: WorkloadId, now: MigrationId) {
         let earlier: Vec<_> = {
             let open = self.shared.open();
-            let same = |(id, open): &(&MigrationId, &Open)| {
-                open.workload == workload && **id != now
-            };
+            let same =
+                |(id, open): &(&MigrationId, &Open)| open.workload == workload && **id != now;
             open.iter().filter(same).map(|(id, _)| *id).collect()
         };
         for migration in earlier {
