@@ -3,7 +3,9 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::boot::acpi::{SLEEP_CONTROL_PORT, SLEEP_CONTROL_POWER_OFF, SLEEP_STATUS_PORT};
+use super::devices::clock_chip::{self, ClockChip, Now};
 use super::devices::i8042;
+use super::devices::power_button::{self, PowerButton};
 use super::devices::serial::SerialPort;
 use super::lifecycle::StopKind;
 
@@ -16,13 +18,46 @@ const COM1_LAST: u16 = COM1 + 7;
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
+    platform: Option<Platform>,
+}
+
+/// What VMs have since version 2 of their configuration.
+#[derive(Debug)]
+pub struct Platform {
+    clock: Mutex<ClockChip>,
+    button: PowerButton,
+}
+
+impl Platform {
+    /// As after power-on.
+    #[must_use]
+    pub fn new(button: PowerButton) -> Self {
+        Self { clock: Mutex::default(), button }
+    }
+
+    /// The clock chip.
+    pub fn clock(&self) -> MutexGuard<'_, ClockChip> {
+        self.clock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The power button.
+    #[must_use]
+    pub fn button(&self) -> &PowerButton {
+        &self.button
+    }
 }
 
 impl Bus {
-    /// With COM1.
+    /// With COM1, and the newer devices if the VM has them.
     #[must_use]
-    pub fn new(serial: SerialPort) -> Self {
-        Self { serial: Mutex::new(serial) }
+    pub fn new(serial: SerialPort, platform: Option<Platform>) -> Self {
+        Self { serial: Mutex::new(serial), platform }
+    }
+
+    /// The newer devices.
+    #[must_use]
+    pub fn platform(&self) -> Option<&Platform> {
+        self.platform.as_ref()
     }
 
     /// COM1.
@@ -43,12 +78,30 @@ impl Bus {
             SLEEP_CONTROL_PORT if data.contains(&SLEEP_CONTROL_POWER_OFF) => {
                 Some(StopKind::Shutdown)
             }
+            clock_chip::INDEX | clock_chip::DATA => {
+                let mut clock = self.platform.as_ref()?.clock();
+                data.iter().for_each(|byte| clock.write(port, *byte, Now::read()));
+                None
+            }
             _ => None,
         }
     }
 
     /// A read by the guest.
     pub fn read_port(&self, port: u16, data: &mut [u8]) {
+        match (port, &self.platform) {
+            (clock_chip::INDEX | clock_chip::DATA, Some(platform)) => {
+                let clock = platform.clock();
+                data.iter_mut().for_each(|byte| *byte = clock.read(port, Now::read()));
+            }
+            (power_button::EVENTS, Some(platform)) => {
+                data.iter_mut().for_each(|byte| *byte = platform.button.take_events());
+            }
+            _ => self.read_older_port(port, data),
+        }
+    }
+
+    fn read_older_port(&self, port: u16, data: &mut [u8]) {
         match port {
             COM1..=COM1_LAST => {
                 let mut serial = self.serial();

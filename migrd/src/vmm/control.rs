@@ -243,11 +243,11 @@ impl Control {
             Request::ConsoleInput(bytes) => machine.input(&bytes)?,
             Request::Stats(proto::ChildStats {}) => return Ok(Reply::Stats(machine.stats())),
             Request::Quit(proto::ChildQuit {}) => {}
+            Request::PowerButton(proto::ChildPowerButton {}) => machine.press_power_button()?,
             Request::Attach(_)
             | Request::Detach(_)
             | Request::Drain(_)
             | Request::Undrain(_)
-            | Request::PowerButton(_)
             | Request::Reboot(_) => return Err(MachineError::NoDevices),
         }
         Ok(Reply::Done(proto::ChildDone {}))

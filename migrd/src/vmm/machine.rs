@@ -15,8 +15,10 @@ use vm_memory::GuestMemoryBackend;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::boot::{self, BootSpec};
-use super::bus::Bus;
+use super::bus::{Bus, Platform};
 use super::console::{Console, Log};
+use super::devices::clock_chip::ClockChipError;
+use super::devices::power_button::{self, PowerButton};
 use super::devices::serial::{IrqLine, SerialError, SerialPort};
 use super::dirty::{DirtyError, DirtyLog};
 use super::lifecycle::{Lifecycle, Phase};
@@ -83,6 +85,18 @@ pub enum MachineError {
     /// Asked of devices that it has not.
     #[error("this VM has no such devices")]
     NoDevices,
+    /// Made by a migr that gave VMs no power button.
+    #[error("this VM was made without a power button: end it with `migctl stop --force`")]
+    NoButton,
+    /// The guest would not notice.
+    #[error(
+        "the guest does not listen for its power button: shut it down from within, or end it \
+         with `migctl stop --force`"
+    )]
+    DeafToButton,
+    /// A saved clock chip.
+    #[error(transparent)]
+    ClockChip(#[from] ClockChipError),
     /// The dirty log.
     #[error(transparent)]
     Dirty(#[from] DirtyError),
@@ -109,6 +123,14 @@ pub enum MachineError {
         own_memory_bytes: u64,
         /// Of this VM.
         own_cpus: u32,
+    },
+    /// The state of a VM with other devices.
+    #[error("the state is of a VM of version {version}, and this one is of version {own}")]
+    OtherVersion {
+        /// Of the state.
+        version: u32,
+        /// Of this VM.
+        own: u32,
     },
     /// A saved register that is no byte.
     #[error("the saved serial port is not valid: register value {0}")]
@@ -168,7 +190,9 @@ impl Machine {
         fd.register_irqfd(&irq, COM1_IRQ).map_err(system("connect COM1's interrupt"))?;
         let vm = Arc::new(Vm::new(fd, memory).map_err(system("give the VM its memory"))?);
         let console = Console::default();
-        let bus = Arc::new(Bus::new(SerialPort::new(IrqLine(Arc::new(irq)), console.sink())));
+        let serial = SerialPort::new(IrqLine(Arc::new(irq)), console.sink());
+        let platform = (config.version >= 2).then(|| create_platform(vm.fd())).transpose()?;
+        let bus = Arc::new(Bus::new(serial, platform));
         let mut vcpus = Vec::new();
         for index in 0..config.cpus {
             vcpus.push(Arc::new(create_vcpu(&kvm, &vm, index, config.cpus)?));
@@ -254,7 +278,9 @@ impl Machine {
     ) -> Result<(), MachineError> {
         self.expect_ready("boot")?;
         let (cpus, memory_bytes) = (self.config.cpus, self.config.memory_bytes);
-        let spec = BootSpec { kernel, initrd, cmdline: &self.config.cmdline, cpus, memory_bytes };
+        let platform = self.bus.platform().is_some();
+        let cmdline = &self.config.cmdline;
+        let spec = BootSpec { kernel, initrd, cmdline, cpus, memory_bytes, platform };
         let entry = boot::load(self.vm.memory().as_ref(), spec)?;
         if let Some(first) = self.vcpus.first() {
             boot::configure_vcpu(&first.fd(), &entry)?;
@@ -304,6 +330,24 @@ impl Machine {
     /// When the guest has not read what came before.
     pub fn input(&self, bytes: &[u8]) -> Result<(), MachineError> {
         Ok(self.bus.serial().input(bytes)?)
+    }
+
+    /// Presses the power button. What the guest does about it is its own thing.
+    ///
+    /// # Errors
+    /// When there is none, or the guest has its interrupt masked.
+    pub fn press_power_button(&self) -> Result<(), MachineError> {
+        let platform = self.bus.platform().ok_or(MachineError::NoButton)?;
+        match self.phase() {
+            Phase::Running | Phase::Paused => {}
+            phase => return Err(MachineError::Phase { what: "press the power button", phase }),
+        }
+        let masked = snapshot::is_masked(self.vm.fd(), power_button::GSI);
+        let failed = |e| MachineError::State { what: "see who listens", source: Box::new(e) };
+        if masked.map_err(failed)? {
+            return Err(MachineError::DeafToButton);
+        }
+        platform.button().press().map_err(system("raise the power button's interrupt"))
     }
 
     /// Counters.
@@ -358,6 +402,13 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(system("create the timer"))?;
     Ok(vm)
+}
+
+fn create_platform(vm: &VmFd) -> Result<Platform, MachineError> {
+    let line = EventFd::new(EFD_NONBLOCK).map_err(system("create an eventfd"))?;
+    let connected = vm.register_irqfd(&line, power_button::GSI);
+    connected.map_err(system("connect the power button's interrupt"))?;
+    Ok(Platform::new(PowerButton::new(line)))
 }
 
 fn create_vcpu(kvm: &Kvm, vm: &Vm, index: u32, cpus: u32) -> Result<Vcpu, MachineError> {

@@ -3,6 +3,8 @@
 //! Hardware-reduced ACPI (ACPI 6.5, 4.1): no PM1 registers, no SCI, no PM
 //! timer, so that nothing is announced that no device implements.
 
+mod platform;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope,
@@ -18,6 +20,7 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::GuestMemoryBackend;
 
 use super::{BootError, layout, write};
+use crate::vmm::devices::clock_chip;
 
 /// Most vCPUs of a VM: local APIC ids are 8 bits wide here and 255 means all.
 pub const CPUS_MAX: u32 = 255;
@@ -45,22 +48,36 @@ const IO_APIC: u32 = 0xfec0_0000;
 const COM1_PORT: u16 = 0x3f8;
 const COM1_IRQ: u32 = 4;
 
-/// IA-PC boot flags (ACPI 6.5, table 5.11): no VGA to look for, no CMOS clock.
-/// The bit for the keyboard controller stays 0: only its reset line exists.
-const BOOT_FLAGS: u16 = (1 << 2) | (1 << 5);
+/// IA-PC boot flags (ACPI 6.5, table 5.11): no VGA to look for. The bit for the
+/// keyboard controller stays 0: only its reset line exists.
+const NO_VGA: u16 = 1 << 2;
+/// And no CMOS clock.
+const NO_CLOCK: u16 = 1 << 5;
+
+/// What the tables describe beside what every VM has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// vCPUs, whose APIC ids count from 0.
+    pub cpus: u32,
+    /// There are a clock chip and a power button.
+    pub platform: bool,
+}
 
 /// Refuses what [`write_tables`] can't describe.
 pub(super) fn check_cpus(cpus: u32) -> Result<(), BootError> {
     if cpus == 0 || cpus > CPUS_MAX { Err(BootError::Cpus { cpus }) } else { Ok(()) }
 }
 
-/// Writes the tables for `cpus` vCPUs, whose APIC ids count from 0, and returns
-/// the address of the RSDP.
-pub(super) fn write_tables<M: GuestMemoryBackend>(mem: &M, cpus: u32) -> Result<u64, BootError> {
+/// Writes the tables and returns the address of the RSDP.
+pub(super) fn write_tables<M: GuestMemoryBackend>(
+    mem: &M,
+    described: Described,
+) -> Result<u64, BootError> {
+    let Described { cpus, platform } = described;
     let rsdp_at = layout::ACPI_TABLES;
     let mut area = Area { next: rsdp_at + 64, bytes: vec![0; 64] };
-    let dsdt_at = area.add(&dsdt());
-    let fadt_at = area.add(&fadt(dsdt_at));
+    let dsdt_at = area.add(&dsdt(platform));
+    let fadt_at = area.add(&fadt(dsdt_at, platform));
     let madt_at = area.add(&madt(cpus)?);
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt_at);
@@ -98,8 +115,8 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// COM1, and which sleep type powers the machine off.
-fn dsdt() -> Sdt {
+/// The devices, and which sleep type powers the machine off.
+fn dsdt(platform: bool) -> Sdt {
     const HEADER_BYTES: u32 = 36;
     let uart = EISAName::new("PNP0501");
     let ports = IO::new(COM1_PORT, COM1_PORT, 1, 8);
@@ -116,10 +133,13 @@ fn dsdt() -> Sdt {
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, 6, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&bytes_of(&scope));
     table.append_slice(&bytes_of(&s5));
+    if platform {
+        table.append_slice(&platform::devices());
+    }
     table
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
+fn fadt(dsdt: u64, platform: bool) -> impl Aml {
     let port =
         |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
@@ -129,7 +149,9 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Wbinvd);
-    fadt.iapc_boot_arch = BOOT_FLAGS.into();
+    let flags = if platform { NO_VGA } else { NO_VGA | NO_CLOCK };
+    fadt.iapc_boot_arch = flags.into();
+    fadt.century = if platform { clock_chip::CENTURY } else { 0 };
     fadt.reset_reg = port(RESET_PORT);
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);

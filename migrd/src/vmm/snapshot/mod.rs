@@ -68,6 +68,15 @@ pub fn save_vm(vm: &VmFd, clock: VmClock) -> Result<proto::VmDevices, SnapshotEr
     Ok(devices.into_wire(clock.nanoseconds()))
 }
 
+/// Whether the guest takes no interrupt of the IOAPIC's pin `pin`, which every
+/// guest that uses one switches on first.
+///
+/// # Errors
+/// When KVM does not tell.
+pub fn is_masked(vm: &VmFd, pin: u32) -> Result<bool, SnapshotError> {
+    devices::is_masked(vm, pin)
+}
+
 /// Restores what [`save_vm`] gave, but for the clock.
 ///
 /// # Errors
