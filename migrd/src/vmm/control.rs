@@ -219,7 +219,11 @@ impl Control {
             Request::Hello(proto::ChildHello {}) => {
                 let config = Some(machine.config().clone());
                 let status = Some(status(&machine.phase()));
-                return Ok(Reply::Hello(proto::ChildHelloReply { config, status }));
+                return Ok(Reply::Hello(proto::ChildHelloReply {
+                    config,
+                    status,
+                    attached: Vec::new(),
+                }));
             }
             Request::Boot(proto::ChildBoot {}) => {
                 let Images { kernel, mut initrd } = std::mem::take(&mut self.images);
