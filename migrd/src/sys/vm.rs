@@ -12,8 +12,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Address, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::{Address, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use crate::units::PAGE_BYTES;
@@ -27,6 +27,9 @@ use number::KVM_CLEAR_DIRTY_LOG;
 
 /// Guest memory that records the VMM's own writes, page by page.
 pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+
+/// A piece of [`Memory`] that lies in one piece in the VMM too.
+pub type Slice<'m> = VolatileSlice<'m, BS<'m, AtomicBitmap>>;
 
 /// `/dev/kvm`, opened by somebody else.
 #[must_use]

@@ -284,6 +284,7 @@ fn status(phase: &Phase) -> proto::ChildStatus {
                 StopKind::TripleFault => proto::GuestStopKind::TripleFault,
                 StopKind::EmulationFailure => proto::GuestStopKind::EmulationFailure,
                 StopKind::InternalError => proto::GuestStopKind::InternalError,
+                StopKind::DeviceAbused => proto::GuestStopKind::DeviceAbused,
             }
             .into(),
             details: stop.details.clone(),
