@@ -96,7 +96,9 @@ pub enum Verb {
     #[command(after_help = "Example:\n  migctl resume web")]
     Resume(NameArgs),
     /// Stop a workload for good; it stays listed until `rm`.
-    #[command(after_help = "Example:\n  migctl stop web --force")]
+    #[command(
+        after_help = "Presses the guest's power button and waits until it has shut itself down.\nWith --force the guest is not asked: as if its power failed.\n\nExamples:\n  migctl stop web --timeout 2m\n  migctl stop web --force"
+    )]
     Stop(StopArgs),
     /// Forget a stopped workload and delete what the daemon kept of it.
     #[command(after_help = "Example:\n  migctl rm web")]
@@ -269,9 +271,12 @@ fn parse_timeout(text: &str) -> Result<u64, String> {
 pub struct StopArgs {
     /// Name of the workload.
     pub name: String,
-    /// Do not wait for the guest: end it at once.
+    /// Do not ask the guest: end it at once.
     #[arg(short, long)]
     pub force: bool,
+    /// How long the guest may take; by default the daemon chooses (60s).
+    #[arg(long, value_name = "DURATION", value_parser = parse_timeout, conflicts_with = "force")]
+    pub timeout: Option<u64>,
 }
 
 #[derive(Debug, Args)]

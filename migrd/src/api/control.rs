@@ -259,7 +259,13 @@ impl Control for ControlService {
         &self,
         request: Request<proto::StopRequest>,
     ) -> Result<Response<proto::Workload>, Status> {
-        self.workload(self.registry.stop(&request.into_inner().name).await)
+        let proto::StopRequest { name, force, timeout_ms } = request.into_inner();
+        let stopped = if force {
+            self.registry.stop(&name).await
+        } else {
+            self.registry.ask_to_end(&name, orders::patience(timeout_ms)).await
+        };
+        self.workload(stopped)
     }
 
     async fn remove(

@@ -16,6 +16,8 @@ use crate::workload::vm::NewVm;
 
 /// The longest stop that is planned for unless the user says otherwise.
 const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
+/// How long a guest that was asked to end may take unless the user says otherwise.
+const DEFAULT_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest command line of a guest that is taken, in bytes.
 const MAX_CMDLINE: usize = 64 << 10;
 
@@ -56,6 +58,14 @@ pub(super) fn migration(
     let timeout = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms));
     let (verify, copy_disks) = (request.verify, request.copy_disks);
     Ok((peer, source::Request { mode, max_downtime, timeout, verify, copy_disks }))
+}
+
+/// How long to wait for a guest that was asked to end; 0: the default.
+pub(super) fn patience(timeout_ms: u64) -> Duration {
+    match timeout_ms {
+        0 => DEFAULT_PATIENCE,
+        ms => Duration::from_millis(ms),
+    }
 }
 
 /// A path that means the same for the daemon as for the user.

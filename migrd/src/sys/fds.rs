@@ -12,7 +12,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// How many descriptors [`receive`] takes at most.
-const RECEIVE_MAX: usize = 4;
+pub const RECEIVE_MAX: usize = 16;
 
 /// Takes over the descriptor that the parent left open as `number`, once.
 ///

@@ -13,8 +13,8 @@ use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
-use vm_memory::GuestRegionMmap;
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestRegionMmap, MmapRegion};
 
 use super::memfd;
 use crate::pages::PageBitmap;
@@ -309,6 +309,25 @@ pub fn populate_region(region: &GuestRegionMmap<AtomicBitmap>, run: PageRun) {
     unsafe {
         libc::madvise(region.as_ptr().add(offset).cast(), length, libc::MADV_POPULATE_WRITE);
     }
+}
+
+/// Makes a whole region that the VMM has mapped zero and gives its memory back
+/// (madvise(2), `MADV_REMOVE`); every page counts as written by the VMM.
+///
+/// # Errors
+/// When the system refuses; what the region holds is then unspecified.
+pub fn clear_region(region: &GuestRegionMmap<AtomicBitmap>) -> io::Result<()> {
+    let (base, length) = (region.as_ptr(), region.size());
+    // SAFETY: the range is the region's own mapping, which is shared and backed
+    // by a memfd. Guest memory is only ever accessed as such, so that it
+    // changes is nothing new to anybody.
+    let result = unsafe { libc::madvise(base.cast(), length, libc::MADV_REMOVE) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mapping: &MmapRegion<AtomicBitmap> = region;
+    mapping.bitmap().set_addr_range(0, length);
+    Ok(())
 }
 
 /// [`advise`] for a region that the VMM has mapped.

@@ -65,6 +65,15 @@ impl Bus {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The machine's reset line.
+    pub fn reset(&self) {
+        self.serial().reset();
+        if let Some(platform) = &self.platform {
+            platform.clock().reset();
+            platform.button.reset();
+        }
+    }
+
     /// A write by the guest; says so if that ends it. A string instruction
     /// brings several bytes for the same port.
     pub fn write_port(&self, port: u16, data: &[u8]) -> Option<StopKind> {
@@ -112,5 +121,49 @@ impl Bus {
             SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT => data.fill(0),
             _ => data.fill(0xff),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::vmm::console::Console;
+    use crate::vmm::devices::serial::IrqLine;
+
+    fn event() -> EventFd {
+        EventFd::new(EFD_NONBLOCK).unwrap()
+    }
+
+    fn bus(platform: bool) -> Bus {
+        let serial = SerialPort::new(IrqLine(Arc::new(event())), Console::default().sink());
+        Bus::new(serial, platform.then(|| Platform::new(PowerButton::new(event()))))
+    }
+
+    fn read(bus: &Bus, port: u16) -> u8 {
+        let mut byte = [0];
+        bus.read_port(port, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn the_clock_and_the_button_answer_at_their_ports() {
+        let bus = bus(true);
+        bus.write_port(clock_chip::INDEX, &[0x0d]);
+        assert_eq!(read(&bus, clock_chip::DATA), 0x80);
+        bus.platform().unwrap().button().press().unwrap();
+        assert_eq!(read(&bus, power_button::EVENTS), 1);
+        assert_eq!(read(&bus, power_button::EVENTS), 0);
+    }
+
+    #[test]
+    fn an_older_vm_has_nothing_at_those_ports() {
+        let bus = bus(false);
+        bus.write_port(clock_chip::INDEX, &[0x0d]);
+        assert_eq!(read(&bus, clock_chip::DATA), 0xff);
+        assert_eq!(read(&bus, power_button::EVENTS), 0xff);
     }
 }

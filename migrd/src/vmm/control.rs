@@ -1,8 +1,9 @@
 //! The child's main thread: serves the daemon, and outlives it.
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use migr_proto::v1::{self as proto, child_message, child_reply, child_request};
@@ -24,6 +25,9 @@ pub const FAILED: u8 = b'E';
 /// What a daemon may leave unread before it counts as gone (bytes).
 const UNREAD_BYTES: usize = 2 * frame::FRAME_BYTES;
 
+/// Descriptors that may wait for their requests.
+const BESIDE_MAX: usize = fds::RECEIVE_MAX;
+
 /// Kernel and initrd, until one of them or a snapshot was loaded.
 #[derive(Debug, Default)]
 pub struct Images {
@@ -37,6 +41,8 @@ pub struct Images {
 struct Daemon {
     socket: UnixStream,
     received: Vec<u8>,
+    /// What came beside the bytes, in order, for the requests that speak of it.
+    beside: VecDeque<OwnedFd>,
     unsent: Vec<u8>,
 }
 
@@ -114,7 +120,8 @@ impl Control {
         let shared: [BorrowedFd<'_>; 3] =
             [self.fds.memory.as_fd(), self.fds.log.as_fd(), self.fds.bell.as_fd()];
         if fds::send(&socket, &[READY], &shared).is_ok() {
-            self.daemon = Some(Daemon { socket, received: Vec::new(), unsent: Vec::new() });
+            let (received, beside, unsent) = (Vec::new(), VecDeque::new(), Vec::new());
+            self.daemon = Some(Daemon { socket, received, beside, unsent });
         }
     }
 
@@ -166,9 +173,16 @@ impl Control {
         let mut buffer = [0; 16 * 1024];
         loop {
             let Some(daemon) = &mut self.daemon else { return Then::Serve };
-            match daemon.socket.read(&mut buffer) {
-                Ok(0) => self.daemon = None,
-                Ok(length) => daemon.received.extend_from_slice(&buffer[..length]),
+            match fds::receive(&daemon.socket, &mut buffer) {
+                Ok((0, _)) => self.daemon = None,
+                Ok((length, beside)) => {
+                    daemon.received.extend_from_slice(&buffer[..length]);
+                    daemon.beside.extend(beside);
+                    if daemon.beside.len() > BESIDE_MAX {
+                        eprintln!("dropping the daemon's connection: too many descriptors");
+                        self.daemon = None;
+                    }
+                }
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Then::Serve,
                 Err(_) => self.daemon = None,
@@ -248,13 +262,22 @@ impl Control {
             Request::Stats(proto::ChildStats {}) => return Ok(Reply::Stats(machine.stats())),
             Request::Quit(proto::ChildQuit {}) => {}
             Request::PowerButton(proto::ChildPowerButton {}) => machine.press_power_button()?,
-            Request::Attach(_)
-            | Request::Detach(_)
-            | Request::Drain(_)
-            | Request::Undrain(_)
-            | Request::Reboot(_) => return Err(MachineError::NoDevices),
+            Request::Reboot(proto::ChildReboot { initrd }) => {
+                let mut kernel = File::from(self.beside()?);
+                let mut initrd = initrd.then(|| self.beside()).transpose()?.map(File::from);
+                self.machine.reboot(&mut kernel, initrd.as_mut())?;
+            }
+            Request::Attach(_) | Request::Detach(_) | Request::Drain(_) | Request::Undrain(_) => {
+                return Err(MachineError::NoDevices);
+            }
         }
         Ok(Reply::Done(proto::ChildDone {}))
+    }
+
+    /// The next descriptor that came beside the requests.
+    fn beside(&mut self) -> Result<OwnedFd, MachineError> {
+        let next = self.daemon.as_mut().and_then(|daemon| daemon.beside.pop_front());
+        next.ok_or(MachineError::NoDescriptor)
     }
 }
 

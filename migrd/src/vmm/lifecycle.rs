@@ -99,7 +99,7 @@ impl Lifecycle {
         self.lock().phase.clone()
     }
 
-    /// Something was loaded: from `Ready` to `Paused`.
+    /// Something was loaded, for the first time or after a reset: to `Paused`.
     pub fn loaded(&self) {
         self.lock().phase = Phase::Paused;
     }

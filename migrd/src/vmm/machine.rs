@@ -21,13 +21,14 @@ use super::devices::clock_chip::ClockChipError;
 use super::devices::power_button::{self, PowerButton};
 use super::devices::serial::{IrqLine, SerialError, SerialPort};
 use super::dirty::{DirtyError, DirtyLog};
-use super::lifecycle::{Lifecycle, Phase};
+use super::lifecycle::{Lifecycle, Phase, StopKind};
 use super::memory::{self, MemoryError};
+use super::power_on::PowerOn;
 use super::sandbox::{self, SandboxError};
 use super::vcpu::Vcpu;
 use super::{cpuid, snapshot, state};
 use crate::pages::PageSet;
-use crate::sys::mapping::populate_region;
+use crate::sys::mapping::{clear_region, populate_region};
 use crate::sys::vm::{self, Vm};
 use crate::workload::StreamKey;
 
@@ -97,6 +98,9 @@ pub enum MachineError {
     /// A saved clock chip.
     #[error(transparent)]
     ClockChip(#[from] ClockChipError),
+    /// Asked for something that needs a descriptor.
+    #[error("a request came without the descriptor that belongs to it")]
+    NoDescriptor,
     /// The dirty log.
     #[error(transparent)]
     Dirty(#[from] DirtyError),
@@ -163,6 +167,8 @@ pub struct Machine {
     console: Console,
     lifecycle: Arc<Lifecycle>,
     dirty: DirtyLog,
+    /// What a reset brings back.
+    power_on: PowerOn,
 }
 
 impl Machine {
@@ -199,8 +205,9 @@ impl Machine {
         }
         let lifecycle = Arc::new(Lifecycle::new(ended));
         start_threads(&vcpus, &bus, &lifecycle, &console, log)?;
+        let power_on = PowerOn::save(&vm, &vcpus, &snapshots)?;
         let dirty = DirtyLog::new(Arc::clone(&vm));
-        Ok(Self { config, snapshots, vm, vcpus, bus, console, lifecycle, dirty })
+        Ok(Self { config, snapshots, vm, vcpus, bus, console, lifecycle, dirty, power_on })
     }
 
     /// What it was made of.
@@ -277,6 +284,14 @@ impl Machine {
         initrd: Option<&mut File>,
     ) -> Result<(), MachineError> {
         self.expect_ready("boot")?;
+        self.load_kernel(kernel, initrd)
+    }
+
+    fn load_kernel(
+        &mut self,
+        kernel: &mut File,
+        initrd: Option<&mut File>,
+    ) -> Result<(), MachineError> {
         let (cpus, memory_bytes) = (self.config.cpus, self.config.memory_bytes);
         let platform = self.bus.platform().is_some();
         let cmdline = &self.config.cmdline;
@@ -287,6 +302,30 @@ impl Machine {
         }
         self.loaded();
         Ok(())
+    }
+
+    /// Of a guest that has stopped with a reset: back to what it was at
+    /// power-on, with a kernel loaded. It does not run yet.
+    ///
+    /// # Errors
+    /// When it has not stopped so, or the kernel is not one. A machine that
+    /// could not be brought back is of no use any more.
+    pub fn reboot(
+        &mut self,
+        kernel: &mut File,
+        initrd: Option<&mut File>,
+    ) -> Result<(), MachineError> {
+        match self.phase() {
+            Phase::Stopped(stop) if stop.kind == StopKind::Reset => {}
+            phase => return Err(MachineError::Phase { what: "reboot", phase }),
+        }
+        self.wait_until_still();
+        self.bus.reset();
+        for region in self.vm.memory().iter() {
+            clear_region(region).map_err(system("clear the guest's memory"))?;
+        }
+        self.power_on.restore(&self.vm, &self.vcpus, &self.snapshots)?;
+        self.load_kernel(kernel, initrd)
     }
 
     /// Lets the guest run.

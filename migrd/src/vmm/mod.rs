@@ -21,6 +21,7 @@ pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 pub mod pages;
+mod power_on;
 pub mod sandbox;
 pub mod snapshot;
 pub mod state;

@@ -69,6 +69,7 @@ const CONTROL: &[i64] = &[
     libc::SYS_pread64,
     libc::SYS_readv,
     libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
 ];

@@ -111,6 +111,19 @@ pub fn restore_vcpu(
     vcpu::Vcpu::from_wire(state)?.restore(vcpu, host, clock)
 }
 
+/// Restores a vCPU that has run, in the VM in which it was saved.
+///
+/// # Errors
+/// When KVM refuses it.
+pub fn reset_vcpu(
+    vcpu: &VcpuFd,
+    state: &proto::VcpuState,
+    host: &Host,
+    clock: RestoredClock,
+) -> Result<(), SnapshotError> {
+    vcpu::Vcpu::from_wire(state)?.reset(vcpu, host, clock)
+}
+
 /// Tells the guest on this vCPU that it stood still, so that it does not take
 /// the gap for a lockup. To be called before a paused or restored vCPU runs.
 ///

@@ -265,7 +265,17 @@ impl VmEngine {
     }
 }
 
-fn open(what: &str, path: &Path) -> Result<File, WorkloadError> {
+/// The files that a VM boots from: kernel, and initrd if it has one.
+pub(super) fn paths(config: &proto::VmConfig) -> (PathBuf, Option<PathBuf>) {
+    let initrd = Some(&config.initrd).filter(|path| !path.is_empty()).map(PathBuf::from);
+    (PathBuf::from(&config.kernel), initrd)
+}
+
+/// Opens a file that a VM boots from.
+///
+/// # Errors
+/// When it can't be read, or is no file.
+pub(super) fn open(what: &str, path: &Path) -> Result<File, WorkloadError> {
     // Not to wait for somebody to write into what may be a pipe.
     let opened = std::fs::OpenOptions::new()
         .read(true)

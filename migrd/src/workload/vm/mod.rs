@@ -12,6 +12,7 @@ pub mod child;
 mod engine;
 pub mod link;
 mod running;
+mod states;
 mod terminal;
 
 use child::ChildError;

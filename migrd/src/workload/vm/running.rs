@@ -8,8 +8,9 @@ use tokio::sync::watch;
 
 use super::child::{Child, ChildState};
 use super::serial_log::{Cleared, LogStream, Reader};
+use super::states::Reboots;
 use super::terminal::SerialPort;
-use super::{LOG_STREAM, failed, streams, told};
+use super::{LOG_STREAM, chain, failed, streams, told};
 use crate::pages::PageSet;
 use crate::sys::mapping::GuestMapping;
 use crate::workload::{
@@ -30,6 +31,7 @@ pub(super) struct Vm {
 /// A VM whose child lives.
 struct Alive {
     child: Arc<Child>,
+    reboots: Reboots,
     chunks: Arc<VmStreams>,
     log: Reader,
     /// What of the log was sent; `None` while nothing is tracked.
@@ -93,8 +95,9 @@ impl Vm {
             log: LogStream::new(open()?, LOG_STREAM),
         });
         let (stopped, wish) = watch::channel(None);
-        let state = translated(child.states(), wish);
-        let alive = Some(Alive { child, chunks, log, sent: None, stopped });
+        let reboots = Reboots::follow(&child, wish);
+        let state = reboots.state();
+        let alive = Some(Alive { child, reboots, chunks, log, sent: None, stopped });
         Ok(Self { directory, streams, terminal, state, paused, alive })
     }
 
@@ -146,39 +149,6 @@ impl Vm {
     fn alive(&mut self) -> Result<&mut Alive, WorkloadError> {
         self.alive.as_mut().ok_or_else(|| WorkloadError::new("it has ended"))
     }
-}
-
-/// What a child does, in the words that every workload uses.
-fn translated(
-    mut child: watch::Receiver<ChildState>,
-    mut wish: watch::Receiver<Option<String>>,
-) -> watch::Receiver<RunState> {
-    let translate = |state: &ChildState, wish: &Option<String>| match (state, wish) {
-        (ChildState::Running, _) => RunState::Running,
-        (ChildState::Starting | ChildState::Ready | ChildState::Paused, _) => RunState::Paused,
-        (ChildState::Stopped(_) | ChildState::Dead(_), Some(wish)) => RunState::Ended(wish.clone()),
-        (ChildState::Stopped(reason), None) => RunState::Ended(reason.to_string()),
-        (ChildState::Dead(why), None) => RunState::Ended(why.clone()),
-    };
-    let first = translate(&child.borrow_and_update(), &wish.borrow_and_update());
-    let (tell, told) = watch::channel(first);
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                changed = child.changed() => if changed.is_err() { break },
-                () = tell.closed() => break,
-            }
-            let now = translate(&child.borrow_and_update(), &wish.borrow_and_update());
-            tell.send_if_modified(|state| {
-                let differs = *state != now;
-                *state = now;
-                differs
-            });
-        }
-        // The state stays readable for as long as anybody looks.
-        tell.closed().await;
-    });
-    told
 }
 
 #[async_trait]
@@ -268,7 +238,7 @@ impl Workload for Vm {
         if paused {
             return Ok(());
         }
-        alive.child.pause().await.map_err(told("pause it"))
+        alive.reboots.pause().await
     }
 
     async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
@@ -295,7 +265,7 @@ impl Workload for Vm {
     }
 
     async fn pause(&mut self) -> Result<(), WorkloadError> {
-        self.alive()?.child.pause().await.map_err(told("pause it"))?;
+        self.alive()?.reboots.pause().await?;
         self.paused = true;
         self.becomes(&RunState::Paused).await;
         Ok(())
@@ -309,7 +279,13 @@ impl Workload for Vm {
     }
 
     async fn ask_to_end(&mut self) -> Result<(), WorkloadError> {
-        Err(WorkloadError::new("it has no power button"))
+        if self.paused {
+            let text = "it is paused and can't be asked: `migctl resume` it first, or end it with \
+                `migctl stop --force`";
+            return Err(WorkloadError::new(text));
+        }
+        let pressed = self.alive()?.child.power_button().await;
+        pressed.map_err(|error| WorkloadError::new(chain(&error)))
     }
 
     async fn stop(&mut self) -> Result<(), WorkloadError> {
