@@ -57,10 +57,11 @@ const EVERY_THREAD: &[i64] = &[
     libc::SYS_writev,
 ];
 
-/// The control thread reads kernels and talks to the daemon.
+/// The control thread reads kernels, closes disks and talks to the daemon.
 const CONTROL: &[i64] = &[
     libc::SYS_accept4,
     libc::SYS_close,
+    libc::SYS_fdatasync,
     libc::SYS_fstat,
     libc::SYS_statx,
     libc::SYS_lseek,
@@ -69,6 +70,7 @@ const CONTROL: &[i64] = &[
     libc::SYS_pread64,
     libc::SYS_readv,
     libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
 ];

@@ -31,6 +31,8 @@ pub mod gate;
 pub mod irq;
 pub mod mmio;
 pub mod queue;
+pub mod slots;
+pub mod snapshot;
 pub mod space;
 pub mod thread;
 
@@ -40,4 +42,5 @@ pub use gate::Gate;
 pub use irq::Interrupt;
 pub use mmio::Transport;
 pub use queue::{Abuse, QueueAbuse, Turn};
+pub use slots::{DeviceError, Slots};
 pub use space::ConfigSpace;
