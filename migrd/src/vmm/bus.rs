@@ -1,24 +1,26 @@
-//! Which device answers at which port.
+//! Which device answers at which port or address.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::boot::acpi::{SLEEP_CONTROL_PORT, SLEEP_CONTROL_POWER_OFF, SLEEP_STATUS_PORT};
 use super::devices::clock_chip::{self, ClockChip, Now};
 use super::devices::i8042;
 use super::devices::power_button::{self, PowerButton};
 use super::devices::serial::SerialPort;
-use super::lifecycle::StopKind;
+use super::lifecycle::{Stop, StopKind};
+use super::virtio::Slots;
 
 /// COM1, where every PC has it.
 const COM1: u16 = 0x3f8;
 const COM1_LAST: u16 = COM1 + 7;
 
-/// The devices of one guest, and their ports. Memory-mapped ones there are
-/// none outside KVM: what nobody answers reads as all ones.
+/// The devices of one guest, and their places. What nobody answers reads as
+/// all ones.
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
     platform: Option<Platform>,
+    virtio: Arc<Slots>,
 }
 
 /// What VMs have since version 2 of their configuration.
@@ -48,13 +50,13 @@ impl Platform {
 }
 
 impl Bus {
-    /// With COM1, and the newer devices if the VM has them.
+    /// With COM1, the virtio devices, and the platform's if the VM has them.
     #[must_use]
-    pub fn new(serial: SerialPort, platform: Option<Platform>) -> Self {
-        Self { serial: Mutex::new(serial), platform }
+    pub fn new(serial: SerialPort, platform: Option<Platform>, virtio: Arc<Slots>) -> Self {
+        Self { serial: Mutex::new(serial), platform, virtio }
     }
 
-    /// The newer devices.
+    /// Clock chip and power button.
     #[must_use]
     pub fn platform(&self) -> Option<&Platform> {
         self.platform.as_ref()
@@ -122,6 +124,18 @@ impl Bus {
             _ => data.fill(0xff),
         }
     }
+
+    /// A write by the guest outside its memory; says so if that ends it.
+    pub fn write_memory(&self, address: u64, data: &[u8]) -> Option<Stop> {
+        self.virtio.write(address, data)
+    }
+
+    /// A read by the guest outside its memory.
+    pub fn read_memory(&self, address: u64, data: &mut [u8]) {
+        if !self.virtio.read(address, data) {
+            data.fill(0xff);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -140,7 +154,11 @@ mod tests {
 
     fn bus(platform: bool) -> Bus {
         let serial = SerialPort::new(IrqLine(Arc::new(event())), Console::default().sink());
-        Bus::new(serial, platform.then(|| Platform::new(PowerButton::new(event()))))
+        let memory =
+            Arc::new(crate::vmm::memory::map(tempfile::tempfile().unwrap(), 1 << 20).unwrap());
+        let config = migr_proto::v1::VmConfig { version: 1, ..Default::default() };
+        let virtio = Arc::new(Slots::new(&config, &memory).unwrap());
+        Bus::new(serial, platform.then(|| Platform::new(PowerButton::new(event()))), virtio)
     }
 
     fn read(bus: &Bus, port: u16) -> u8 {

@@ -57,10 +57,11 @@ const EVERY_THREAD: &[i64] = &[
     libc::SYS_writev,
 ];
 
-/// The control thread reads kernels and talks to the daemon.
+/// The control thread reads kernels, closes disks and talks to the daemon.
 const CONTROL: &[i64] = &[
     libc::SYS_accept4,
     libc::SYS_close,
+    libc::SYS_fdatasync,
     libc::SYS_fstat,
     libc::SYS_statx,
     libc::SYS_lseek,

@@ -28,7 +28,7 @@ impl Machine {
             Phase::Paused | Phase::Stopped(_) => {}
             phase => return Err(MachineError::Phase { what: "save", phase }),
         }
-        self.wait_until_still();
+        self.wait_until_still()?;
         let save = failed("save the VM");
         let clock = VmClock::read(self.vm_fd()).map_err(&save)?;
         let devices = snapshot::save_vm(self.vm_fd(), clock).map_err(&save)?;
@@ -48,7 +48,7 @@ impl Machine {
             pending_serial_input: pending.into(),
             // Whether its user paused it is known to the daemon, not here.
             paused: false,
-            virtio: Vec::new(),
+            virtio: self.virtio().save(),
             clock_chip: self.bus().platform().map(|p| p.clock().state()),
             power: self.bus().platform().map(|p| power_to_wire(p.button())),
         };
@@ -77,12 +77,13 @@ impl Machine {
             i8042,
             pending_serial_input,
             paused: _,
-            virtio: _,
+            virtio,
             clock_chip,
             power,
         } = decoded;
         let proto::I8042State {} = i8042.unwrap_or_default();
         self.expect_same(&config.unwrap_or_default(), vcpus.len())?;
+        let virtio = self.virtio().check(&virtio)?;
         let devices = devices.unwrap_or_default();
         let clock = snapshot::restore_clock(self.vm_fd(), &devices).map_err(&restore)?;
         for (vcpu, state) in self.vcpus().iter().zip(&vcpus) {
@@ -95,6 +96,7 @@ impl Machine {
         if let Some(platform) = self.bus().platform() {
             restore_platform(platform, &clock_chip.unwrap_or_default(), power.unwrap_or_default())?;
         }
+        self.virtio().restore(virtio)?;
         self.loaded();
         Ok(())
     }

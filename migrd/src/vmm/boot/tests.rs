@@ -106,7 +106,8 @@ fn output(machine: &mut Machine) -> Vec<u8> {
 }
 
 fn spec<'a>(kernel: &'a mut File, cmdline: &'a str) -> BootSpec<'a> {
-    BootSpec { kernel, initrd: None, cmdline, cpus: 1, memory_bytes: RAM, platform: true }
+    let (cpus, devices) = (1, &[]);
+    BootSpec { kernel, initrd: None, cmdline, cpus, devices, memory_bytes: RAM, platform: true }
 }
 
 #[test]
@@ -383,7 +384,8 @@ fn acpi_tables_are_well_formed_and_list_every_vcpu() {
 
 fn check_acpi_tables(platform: bool) {
     let mem = memory(RAM);
-    let rsdp_at = acpi::write_tables(&mem, acpi::Described { cpus: 255, platform }).unwrap();
+    let described = acpi::Described { cpus: 255, platform, devices: &[] };
+    let rsdp_at = acpi::write_tables(&mem, described).unwrap();
     let bytes = |at: u64, length: usize| {
         let mut bytes = vec![0; length];
         mem.read_slice(&mut bytes, GuestAddress(at)).unwrap();

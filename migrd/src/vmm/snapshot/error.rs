@@ -28,12 +28,12 @@ pub enum WireError {
         /// The newest version read here.
         known: u32,
     },
-    /// Not of the version of what it describes.
-    #[error("the VM state is of version {version}, and the VM in it of version {config}")]
-    ConfigVersion {
-        /// Its version.
+    /// A state that does not go with its VM.
+    #[error("the VM state is of version {version}, its configuration of version {config}")]
+    OtherVersion {
+        /// Of the state.
         version: u32,
-        /// The version of its configuration.
+        /// Of the configuration.
         config: u32,
     },
     /// A message that must be there is not.

@@ -5,11 +5,9 @@ use prost::Message;
 
 use super::WireError;
 
-/// The newest version that is written and read. A state is of the version of
-/// its configuration.
+/// The newest version that is read, all before it too. What is written is of
+/// the version of the VM.
 pub const VERSION: u32 = 2;
-/// The oldest.
-const OLDEST: u32 = 1;
 /// The first with a clock chip and a power button.
 const PLATFORM: u32 = 2;
 
@@ -45,7 +43,7 @@ fn check_version(bytes: &[u8]) -> Result<(), WireError> {
     }
     let Versioned { version } = Versioned::decode(bytes)
         .map_err(|error| WireError::Undecodable { reason: error.to_string() })?;
-    if !(OLDEST..=VERSION).contains(&version) {
+    if version == 0 || version > VERSION {
         return Err(WireError::Version { version, known: VERSION });
     }
     Ok(())
@@ -68,7 +66,7 @@ fn check(state: &proto::VmState) -> Result<(), WireError> {
     let missing = |what| WireError::Missing { what };
     let config = config.as_ref().ok_or_else(|| missing("its configuration"))?;
     if config.version != *version {
-        return Err(WireError::ConfigVersion { version: *version, config: config.version });
+        return Err(WireError::OtherVersion { version: *version, config: config.version });
     }
     if *version >= PLATFORM {
         clock_chip.as_ref().ok_or_else(|| missing("its clock chip"))?;

@@ -324,7 +324,7 @@ fn state_of_the_first_version_is_still_read() {
 fn a_state_and_its_configuration_are_of_one_version() {
     let mixed = proto::VmState { version: 1, ..state_of_two() };
     let error = state::decode(&mixed.encode_to_vec()).unwrap_err();
-    assert_eq!(error, WireError::ConfigVersion { version: 1, config: 2 });
+    assert_eq!(error, WireError::OtherVersion { version: 1, config: 2 });
 }
 
 #[test]

@@ -24,6 +24,12 @@ impl Interrupt {
         Self { status: AtomicU32::new(0), line }
     }
 
+    /// What KVM watches.
+    #[must_use]
+    pub fn line(&self) -> &EventFd {
+        &self.line
+    }
+
     /// Interrupts the guest for `reason`.
     pub fn raise(&self, reason: u32) {
         self.status.fetch_or(reason, Ordering::SeqCst);

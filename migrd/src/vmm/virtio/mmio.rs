@@ -75,12 +75,26 @@ pub(super) struct Worker {
     pub restored: bool,
 }
 
+/// The eventfds of a device.
+#[derive(Debug)]
+pub struct Events {
+    /// Its interrupt.
+    pub line: EventFd,
+    /// Rung by the driver, one for each queue.
+    pub bells: Vec<EventFd>,
+    /// Rung when there is something else to see.
+    pub wake: EventFd,
+}
+
 /// A virtio device and its registers.
 #[derive(Debug)]
 pub struct Transport {
     slot: usize,
     kind: Kind,
-    /// What this device has; a restored one may have been offered with less.
+    /// What this device has.
+    features: u64,
+    /// What its driver sees of that: one that was restored may have been
+    /// offered with less.
     offered: Mutex<u64>,
     max_sizes: &'static [u16],
     registers: Mutex<Registers>,
@@ -102,24 +116,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Transport {
-    /// Around `device`, which is number `slot` at `gate`. `line` is its
-    /// interrupt; `bells` are rung by the driver, one for each queue; `wake`
-    /// wakes its thread.
+    /// Around `device`, which is number `slot` at `gate`.
     #[must_use]
     pub fn new(
         slot: usize,
         device: Box<dyn Device>,
         memory: Arc<Memory>,
         gate: Arc<Gate>,
-        line: EventFd,
-        bells: Vec<EventFd>,
-        wake: EventFd,
+        events: Events,
     ) -> Self {
+        let Events { line, bells, wake } = events;
         let max_sizes = device.queue_sizes();
+        let features = device.features() | VERSION_1 | EVENT_IDX | INDIRECT_DESC;
         Self {
             slot,
             kind: device.kind(),
-            offered: Mutex::new(device.features() | VERSION_1 | EVENT_IDX | INDIRECT_DESC),
+            features,
+            offered: Mutex::new(features),
             max_sizes,
             registers: Mutex::new(Registers::of(max_sizes)),
             space: device.space(),
@@ -136,6 +149,12 @@ impl Transport {
             bells,
             wake,
         }
+    }
+
+    /// Its interrupt, for KVM to watch.
+    #[must_use]
+    pub fn line(&self) -> &EventFd {
+        self.interrupt.line()
     }
 
     /// Its number among the VM's devices.
@@ -174,8 +193,10 @@ impl Transport {
         &self.interrupt
     }
 
-    pub(super) fn memory(&self) -> &Memory {
-        &self.memory
+    /// Of which kind it is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     pub(super) fn registers(&self) -> MutexGuard<'_, Registers> {
@@ -278,6 +299,10 @@ impl Transport {
         *lock(&self.offered)
     }
 
+    pub(super) fn all_features(&self) -> u64 {
+        self.features
+    }
+
     pub(super) fn set_offered(&self, features: u64) {
         *lock(&self.offered) = features;
     }
@@ -346,6 +371,19 @@ impl Transport {
 
     /// Takes the queues into use, from these positions on, or from the start.
     pub(super) fn start(&self, as_set_up: &Registers, at: &[Position]) -> Result<(), QueueAbuse> {
+        let queues = self.rings(as_set_up, at)?;
+        let mut worker = self.worker();
+        worker.queues = queues;
+        worker.features = as_set_up.driver_features;
+        Ok(())
+    }
+
+    /// The queues as set up, checked.
+    pub(super) fn rings(
+        &self,
+        as_set_up: &Registers,
+        at: &[Position],
+    ) -> Result<Vec<Rings>, QueueAbuse> {
         let features = as_set_up.driver_features;
         let mut queues = Vec::with_capacity(self.max_sizes.len());
         let set_up = self.max_sizes.iter().zip(&as_set_up.queues).enumerate();
@@ -355,10 +393,7 @@ impl Transport {
             let taken = rings(&self.memory, *max, *setup, at, event_idx);
             queues.push(taken.map_err(|abuse| QueueAbuse { queue, abuse })?);
         }
-        let mut worker = self.worker();
-        worker.queues = queues;
-        worker.features = features;
-        Ok(())
+        Ok(queues)
     }
 
     /// Back to what it was at first; waits for what the device has begun.
@@ -367,6 +402,7 @@ impl Transport {
         worker.queues.iter_mut().for_each(|queue| *queue = None);
         worker.features = 0;
         worker.device.reset();
+        worker.restored = false;
         *self.registers() = Registers::of(self.max_sizes);
         self.interrupt.reset();
     }

@@ -14,17 +14,25 @@
 //! | `irq`, `space` | what vCPUs touch without waiting for a device |
 //! | `gate` | whether devices may work |
 //! | `thread` | the thread of each device |
+//! | `blk`, `entropy`, `balloon` | the kinds |
+//! | `slots` | the devices of one VM, and what is done to all of them |
+//! | `snapshot` | what of a device travels |
 //!
 //! A device works in its own thread, one request after the other, and vCPUs
 //! only touch registers, which nobody holds for long. So a disk that hangs
 //! hangs its thread and nothing else.
 
+pub mod balloon;
+pub mod blk;
 pub mod chain;
 pub mod device;
+pub mod entropy;
 pub mod gate;
 pub mod irq;
 pub mod mmio;
 pub mod queue;
+pub mod slots;
+pub mod snapshot;
 pub mod space;
 pub mod thread;
 
@@ -34,4 +42,5 @@ pub use gate::Gate;
 pub use irq::Interrupt;
 pub use mmio::Transport;
 pub use queue::{Abuse, QueueAbuse, Turn};
+pub use slots::{DeviceError, Slots};
 pub use space::ConfigSpace;

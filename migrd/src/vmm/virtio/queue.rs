@@ -9,7 +9,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use super::chain::{Buffer, Chain};
 use super::gate::Gate;
 use super::irq::{self, Interrupt};
-use crate::sys::vm::Memory;
+use crate::sys::vm::{Memory, free};
+use crate::units::PAGE_SIZE;
 
 /// What no driver may do in a queue.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -250,6 +251,31 @@ impl Turn<'_> {
     /// Tells the driver that the configuration space has changed.
     pub fn config_changed(&self) {
         self.interrupt.raise(irq::CONFIG);
+    }
+
+    /// Gives the whole pages of a range back to the host; they read as zeros
+    /// from now on, and count as written by the VMM.
+    ///
+    /// # Errors
+    /// When the guest has no such memory.
+    pub fn free(&self, start: GuestAddress, length: u64) -> Result<(), Abuse> {
+        let first = start.0.next_multiple_of(PAGE_SIZE);
+        let end = start.0.checked_add(length).map(|end| end - end % PAGE_SIZE);
+        let outside = || Abuse::Outside {
+            address: start.0,
+            length: u32::try_from(length).unwrap_or(u32::MAX),
+        };
+        let length = end.ok_or_else(outside)?.saturating_sub(first);
+        let bytes = usize::try_from(length).map_err(|_| outside())?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        if !self.memory.check_range(GuestAddress(first), bytes) {
+            return Err(outside());
+        }
+        // What the host does not take back costs memory and does no harm.
+        let _ = free(self.memory, GuestAddress(first), bytes);
+        Ok(())
     }
 
     /// Ends the turn.
