@@ -1,28 +1,30 @@
-//! Which device answers at which port.
+//! Which device answers at which port or address.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::boot::acpi::{SLEEP_CONTROL_PORT, SLEEP_CONTROL_POWER_OFF, SLEEP_STATUS_PORT};
 use super::devices::i8042;
 use super::devices::serial::SerialPort;
-use super::lifecycle::StopKind;
+use super::lifecycle::{Stop, StopKind};
+use super::virtio::Slots;
 
 /// COM1, where every PC has it.
 const COM1: u16 = 0x3f8;
 const COM1_LAST: u16 = COM1 + 7;
 
-/// The devices of one guest, and their ports. Memory-mapped ones there are
-/// none outside KVM: what nobody answers reads as all ones.
+/// The devices of one guest, and their places. What nobody answers reads as
+/// all ones.
 #[derive(Debug)]
 pub struct Bus {
     serial: Mutex<SerialPort>,
+    virtio: Arc<Slots>,
 }
 
 impl Bus {
-    /// With COM1.
+    /// With COM1 and the virtio devices.
     #[must_use]
-    pub fn new(serial: SerialPort) -> Self {
-        Self { serial: Mutex::new(serial) }
+    pub fn new(serial: SerialPort, virtio: Arc<Slots>) -> Self {
+        Self { serial: Mutex::new(serial), virtio }
     }
 
     /// COM1.
@@ -58,6 +60,18 @@ impl Bus {
             // Both registers keep nothing: a guest that sleeps is stopped.
             SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT => data.fill(0),
             _ => data.fill(0xff),
+        }
+    }
+
+    /// A write by the guest outside its memory; says so if that ends it.
+    pub fn write_memory(&self, address: u64, data: &[u8]) -> Option<Stop> {
+        self.virtio.write(address, data)
+    }
+
+    /// A read by the guest outside its memory.
+    pub fn read_memory(&self, address: u64, data: &mut [u8]) {
+        if !self.virtio.read(address, data) {
+            data.fill(0xff);
         }
     }
 }

@@ -21,6 +21,8 @@ pub enum StopKind {
     EmulationFailure,
     /// KVM could not go on for another reason.
     InternalError,
+    /// The driver of a device did what no driver may.
+    DeviceAbused,
 }
 
 /// How a guest ended.

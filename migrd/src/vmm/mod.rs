@@ -25,3 +25,4 @@ pub mod sandbox;
 pub mod snapshot;
 pub mod state;
 pub mod vcpu;
+pub mod virtio;

@@ -25,7 +25,7 @@ impl Machine {
             Phase::Paused | Phase::Stopped(_) => {}
             phase => return Err(MachineError::Phase { what: "save", phase }),
         }
-        self.wait_until_still();
+        self.wait_until_still()?;
         let save = failed("save the VM");
         let clock = VmClock::read(self.vm_fd()).map_err(&save)?;
         let devices = snapshot::save_vm(self.vm_fd(), clock).map_err(&save)?;
@@ -36,7 +36,7 @@ impl Machine {
         }
         let (serial, pending) = self.bus().serial().state();
         let state = proto::VmState {
-            version: state::VERSION,
+            version: self.config().version,
             config: Some(self.config().clone()),
             devices: Some(devices),
             vcpus,
@@ -45,7 +45,7 @@ impl Machine {
             pending_serial_input: pending.into(),
             // Whether its user paused it is known to the daemon, not here.
             paused: false,
-            virtio: Vec::new(),
+            virtio: self.virtio().save(),
             clock_chip: None,
             power: None,
         };
@@ -74,12 +74,13 @@ impl Machine {
             i8042,
             pending_serial_input,
             paused: _,
-            virtio: _,
+            virtio,
             clock_chip: _,
             power: _,
         } = decoded;
         let proto::I8042State {} = i8042.unwrap_or_default();
         self.expect_same(&config.unwrap_or_default(), vcpus.len())?;
+        let virtio = self.virtio().check(&virtio)?;
         let devices = devices.unwrap_or_default();
         let clock = snapshot::restore_clock(self.vm_fd(), &devices).map_err(&restore)?;
         for (vcpu, state) in self.vcpus().iter().zip(&vcpus) {
@@ -89,6 +90,7 @@ impl Machine {
         // After the chips: it raises its interrupt again if one is pending.
         let serial = serial_from_wire(serial.unwrap_or_default())?;
         self.bus().serial().restore(&serial, pending_serial_input.into())?;
+        self.virtio().restore(virtio)?;
         self.loaded();
         Ok(())
     }

@@ -5,7 +5,7 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -49,17 +49,32 @@ const COM1_IRQ: u32 = 4;
 /// The bit for the keyboard controller stays 0: only its reset line exists.
 const BOOT_FLAGS: u16 = (1 << 2) | (1 << 5);
 
+/// A device that the guest can't find by probing: a virtio-mmio device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MmioDevice {
+    /// Guest-physical address of its registers.
+    pub address: u64,
+    /// Bytes that they take.
+    pub length: u64,
+    /// Its interrupt, edge-triggered.
+    pub gsi: u32,
+}
+
 /// Refuses what [`write_tables`] can't describe.
 pub(super) fn check_cpus(cpus: u32) -> Result<(), BootError> {
     if cpus == 0 || cpus > CPUS_MAX { Err(BootError::Cpus { cpus }) } else { Ok(()) }
 }
 
-/// Writes the tables for `cpus` vCPUs, whose APIC ids count from 0, and returns
-/// the address of the RSDP.
-pub(super) fn write_tables<M: GuestMemoryBackend>(mem: &M, cpus: u32) -> Result<u64, BootError> {
+/// Writes the tables for `cpus` vCPUs, whose APIC ids count from 0, and for
+/// `devices`, and returns the address of the RSDP.
+pub(super) fn write_tables<M: GuestMemoryBackend>(
+    mem: &M,
+    cpus: u32,
+    devices: &[MmioDevice],
+) -> Result<u64, BootError> {
     let rsdp_at = layout::ACPI_TABLES;
     let mut area = Area { next: rsdp_at + 64, bytes: vec![0; 64] };
-    let dsdt_at = area.add(&dsdt());
+    let dsdt_at = area.add(&dsdt(devices)?);
     let fadt_at = area.add(&fadt(dsdt_at));
     let madt_at = area.add(&madt(cpus)?);
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
@@ -98,8 +113,8 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// COM1, and which sleep type powers the machine off.
-fn dsdt() -> Sdt {
+/// COM1, the virtio devices, and which sleep type powers the machine off.
+fn dsdt(devices: &[MmioDevice]) -> Result<Sdt, BootError> {
     const HEADER_BYTES: u32 = 36;
     let uart = EISAName::new("PNP0501");
     let ports = IO::new(COM1_PORT, COM1_PORT, 1, 8);
@@ -109,14 +124,36 @@ fn dsdt() -> Sdt {
     let uid = Name::new(Path::new("_UID"), &1_u8);
     let crs = Name::new(Path::new("_CRS"), &resources);
     let com1 = Device::new(Path::new("COM1"), vec![&hid, &uid, &crs]);
-    let scope = Scope::new(Path::new("_SB_"), vec![&com1]);
+    let mut scope = bytes_of(&com1);
+    for (slot, device) in (0_u8..).zip(devices) {
+        scope.extend(virtio(slot, *device)?);
+    }
+    let scope = Scope::raw(Path::new("_SB_"), scope);
     let power_off = Package::new(vec![&SLEEP_TYPE_S5]);
     let s5 = Name::new(Path::new("_S5_"), &power_off);
 
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, 6, OEM, OEM_TABLE, OEM_REVISION);
-    table.append_slice(&bytes_of(&scope));
+    table.append_slice(&scope);
     table.append_slice(&bytes_of(&s5));
-    table
+    Ok(table)
+}
+
+/// A virtio-mmio device, under the id by which Linux knows them.
+fn virtio(slot: u8, device: MmioDevice) -> Result<Vec<u8>, BootError> {
+    let MmioDevice { address, length, gsi } = device;
+    let word = |value| u32::try_from(value).map_err(|_| BootError::DeviceAddress { address });
+    let registers = Memory32Fixed::new(true, word(address)?, word(length)?);
+    // Consumer, edge, active high, exclusive.
+    let irq = Interrupt::new(true, true, false, false, gsi);
+    let resources = ResourceTemplate::new(vec![&registers, &irq]);
+    let hid = Name::new(Path::new("_HID"), &"LNRO0005");
+    let uid = Name::new(Path::new("_UID"), &slot);
+    // It snoops caches, as everything on a PC: without this some kernels would
+    // treat its memory with care that it does not need.
+    let cca = Name::new(Path::new("_CCA"), &1_u8);
+    let crs = Name::new(Path::new("_CRS"), &resources);
+    let name = format!("VR{slot:02}");
+    Ok(bytes_of(&Device::new(Path::new(&name), vec![&hid, &uid, &cca, &crs])))
 }
 
 fn fadt(dsdt: u64) -> impl Aml {

@@ -106,7 +106,7 @@ fn output(machine: &mut Machine) -> Vec<u8> {
 }
 
 fn spec<'a>(kernel: &'a mut File, cmdline: &'a str) -> BootSpec<'a> {
-    BootSpec { kernel, initrd: None, cmdline, cpus: 1, memory_bytes: RAM }
+    BootSpec { kernel, initrd: None, cmdline, cpus: 1, devices: &[], memory_bytes: RAM }
 }
 
 #[test]
@@ -377,7 +377,7 @@ fn memory_map_has_a_hole_below_4_gib() {
 #[test]
 fn acpi_tables_are_well_formed_and_list_every_vcpu() {
     let mem = memory(RAM);
-    let rsdp_at = acpi::write_tables(&mem, 255).unwrap();
+    let rsdp_at = acpi::write_tables(&mem, 255, &[]).unwrap();
     let bytes = |at: u64, length: usize| {
         let mut bytes = vec![0; length];
         mem.read_slice(&mut bytes, GuestAddress(at)).unwrap();

@@ -5,8 +5,9 @@ use prost::Message;
 
 use super::WireError;
 
-/// The version written, and the only one read.
-pub const VERSION: u32 = 1;
+/// The newest version that is read, all before it too. What is written is of
+/// the version of the VM.
+pub const VERSION: u32 = 2;
 
 /// Most bytes a state can have: 255 vCPUs with 16 KiB each, and room.
 const BYTES_MAX: usize = 16 << 20;
@@ -40,7 +41,7 @@ fn check_version(bytes: &[u8]) -> Result<(), WireError> {
     }
     let Versioned { version } = Versioned::decode(bytes)
         .map_err(|error| WireError::Undecodable { reason: error.to_string() })?;
-    if version != VERSION {
+    if version == 0 || version > VERSION {
         return Err(WireError::Version { version, known: VERSION });
     }
     Ok(())
@@ -48,7 +49,7 @@ fn check_version(bytes: &[u8]) -> Result<(), WireError> {
 
 fn check(state: &proto::VmState) -> Result<(), WireError> {
     let proto::VmState {
-        version: _,
+        version,
         config,
         devices,
         vcpus,
@@ -62,6 +63,9 @@ fn check(state: &proto::VmState) -> Result<(), WireError> {
     } = state;
     let missing = |what| WireError::Missing { what };
     let config = config.as_ref().ok_or_else(|| missing("its configuration"))?;
+    if config.version != *version {
+        return Err(WireError::OtherVersion { version: *version, config: config.version });
+    }
     let devices = devices.as_ref().ok_or_else(|| missing("its devices"))?;
     super::devices::Devices::from_wire(devices)?;
     serial.as_ref().ok_or_else(|| missing("its serial port"))?;

@@ -56,7 +56,7 @@ fn whole(devices: proto::VmDevices, vcpus: Vec<proto::VcpuState>) -> proto::VmSt
     let cpus = u32::try_from(vcpus.len()).unwrap();
     proto::VmState {
         version: state::VERSION,
-        config: Some(proto::VmConfig { cpus, ..Default::default() }),
+        config: Some(proto::VmConfig { version: state::VERSION, cpus, ..Default::default() }),
         devices: Some(devices),
         vcpus,
         serial: Some(proto::SerialState::default()),
@@ -295,15 +295,15 @@ fn state_of_two() -> proto::VmState {
 
 #[test]
 fn state_of_another_version_is_refused_by_name() {
-    let newer = proto::VmState { version: 2, ..state_of_two() };
+    let newer = proto::VmState { version: 3, ..state_of_two() };
     let error = state::decode(&newer.encode_to_vec()).unwrap_err();
-    assert_eq!(error, WireError::Version { version: 2, known: 1 });
+    assert_eq!(error, WireError::Version { version: 3, known: 2 });
     // The rest of a newer state need not decode.
     let mut bytes = vec![0x08, 0x02];
     bytes.extend_from_slice(&[0x10, 0x01]);
     let error = state::decode(&bytes).unwrap_err();
-    assert_eq!(error, WireError::Version { version: 2, known: 1 });
-    assert_eq!(state::decode(&[]).unwrap_err(), WireError::Version { version: 0, known: 1 });
+    assert_eq!(error, WireError::Version { version: 3, known: 2 });
+    assert_eq!(state::decode(&[]).unwrap_err(), WireError::Version { version: 0, known: 2 });
 }
 
 #[test]
