@@ -57,7 +57,7 @@ pub enum Format {
 pub enum Verb {
     /// Create a VM and start it.
     #[command(
-        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'"
+        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'\n  migctl run db --kernel vmlinuz --memory 2G --disk db.img --disk tools.iso,ro"
     )]
     Run(RunArgs),
     /// List the workloads of the host.
@@ -165,6 +165,30 @@ pub struct RunArgs {
     /// Initial RAM disk, read by the daemon.
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
+    /// Disk: a raw image or a block device, opened by the daemon; `,ro` at the end makes it
+    /// read-only. May be given several times.
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of a new VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The image.
+    pub path: PathBuf,
+    /// Nothing is written to it.
+    pub read_only: bool,
+}
+
+fn parse_disk(text: &str) -> Result<Disk, String> {
+    let (path, read_only) = match text.strip_suffix(",ro") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    if path.is_empty() {
+        return Err("a disk needs the path of an image".to_owned());
+    }
+    Ok(Disk { path: path.into(), read_only })
 }
 
 #[derive(Debug, Args)]
@@ -352,6 +376,15 @@ mod tests {
         assert_eq!(parse_escape("^a"), Ok(Escape(Some(1))));
         assert_eq!(parse_escape("none"), Ok(Escape(None)));
         assert!(parse_escape("q").is_err());
+    }
+
+    #[test]
+    fn a_disk_is_a_path_and_may_be_read_only() {
+        let disk = |path: &str, read_only| Ok(Disk { path: path.into(), read_only });
+        assert_eq!(parse_disk("a.img"), disk("a.img", false));
+        assert_eq!(parse_disk("a,b.img,ro"), disk("a,b.img", true));
+        assert!(parse_disk("").is_err());
+        assert!(parse_disk(",ro").is_err());
     }
 
     #[test]

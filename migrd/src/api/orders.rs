@@ -77,7 +77,13 @@ pub(super) fn absolute(here: &str, what: &str, path: &str) -> Result<PathBuf, St
     Ok(PathBuf::from(path))
 }
 
-/// The VM that a user asks for.
+fn disk(here: &str, order: &proto::DiskOrder) -> Result<proto::DiskConfig, Status> {
+    let proto::DiskOrder { path, read_only } = order;
+    let path = absolute(here, "disk", path)?.display().to_string();
+    Ok(proto::DiskConfig { path, read_only: *read_only, bytes: 0 })
+}
+
+/// The VM that a user asks for; whether it can be so is not checked yet.
 pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, Status> {
     if request.cmdline.len() > MAX_CMDLINE || request.cmdline.contains('\0') {
         let text = format!("the command line is longer than {MAX_CMDLINE} bytes or has a NUL");
@@ -93,7 +99,7 @@ pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, S
         cmdline: request.cmdline.clone(),
         memory_bytes: request.memory_bytes,
         cpus: request.cpus,
+        disks: request.disks.iter().map(|order| disk(here, order)).collect::<Result<_, _>>()?,
     };
-    vm.check().map_err(|e| invalid(here, e.to_string()))?;
     Ok(vm)
 }

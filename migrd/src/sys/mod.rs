@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod block;
 pub mod fds;
 pub mod heap;
 pub mod kvm_state;

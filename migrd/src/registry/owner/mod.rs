@@ -223,10 +223,10 @@ impl Owner {
                 let _ = reply.send(self.frozen(work).await);
             }
             Command::Migrate(peer, request, reply) => {
-                let _ = reply.send(self.migrate(peer, request));
+                let _ = reply.send(self.migrate(peer, request).await);
             }
             Command::Question(peer, request, reply) => {
-                let _ = reply.send(self.question(&peer, &request));
+                let _ = reply.send(self.question(&peer, &request).await);
             }
             Command::Cancel(reply) => {
                 let _ = reply.send(self.cancel());
