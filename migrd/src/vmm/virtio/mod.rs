@@ -44,3 +44,6 @@ pub use mmio::Transport;
 pub use queue::{Abuse, QueueAbuse, Turn};
 pub use slots::{DeviceError, Slots};
 pub use space::ConfigSpace;
+
+#[cfg(test)]
+mod tests;
