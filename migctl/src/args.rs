@@ -57,7 +57,7 @@ pub enum Format {
 pub enum Verb {
     /// Create a VM and start it.
     #[command(
-        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'"
+        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'\n  migctl run db --kernel vmlinuz --memory 2G --disk db.img --disk tools.iso,ro"
     )]
     Run(RunArgs),
     /// List the workloads of the host.
@@ -96,7 +96,9 @@ pub enum Verb {
     #[command(after_help = "Example:\n  migctl resume web")]
     Resume(NameArgs),
     /// Stop a workload for good; it stays listed until `rm`.
-    #[command(after_help = "Example:\n  migctl stop web --force")]
+    #[command(
+        after_help = "Presses the guest's power button and waits until it has shut itself down.\nWith --force the guest is not asked: as if its power failed.\n\nExamples:\n  migctl stop web --timeout 2m\n  migctl stop web --force"
+    )]
     Stop(StopArgs),
     /// Forget a stopped workload and delete what the daemon kept of it.
     #[command(after_help = "Example:\n  migctl rm web")]
@@ -163,6 +165,30 @@ pub struct RunArgs {
     /// Initial RAM disk, read by the daemon.
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
+    /// Disk: a raw image or a block device, opened by the daemon; `,ro` at the end makes it
+    /// read-only. May be given several times.
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of a new VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The image.
+    pub path: PathBuf,
+    /// Nothing is written to it.
+    pub read_only: bool,
+}
+
+fn parse_disk(text: &str) -> Result<Disk, String> {
+    let (path, read_only) = match text.strip_suffix(",ro") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    if path.is_empty() {
+        return Err("a disk needs the path of an image".to_owned());
+    }
+    Ok(Disk { path: path.into(), read_only })
 }
 
 #[derive(Debug, Args)]
@@ -269,9 +295,12 @@ fn parse_timeout(text: &str) -> Result<u64, String> {
 pub struct StopArgs {
     /// Name of the workload.
     pub name: String,
-    /// Do not wait for the guest: end it at once.
+    /// Do not ask the guest: end it at once.
     #[arg(short, long)]
     pub force: bool,
+    /// How long the guest may take; by default the daemon chooses (60s).
+    #[arg(long, value_name = "DURATION", value_parser = parse_timeout, conflicts_with = "force")]
+    pub timeout: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -347,6 +376,15 @@ mod tests {
         assert_eq!(parse_escape("^a"), Ok(Escape(Some(1))));
         assert_eq!(parse_escape("none"), Ok(Escape(None)));
         assert!(parse_escape("q").is_err());
+    }
+
+    #[test]
+    fn a_disk_is_a_path_and_may_be_read_only() {
+        let disk = |path: &str, read_only| Ok(Disk { path: path.into(), read_only });
+        assert_eq!(parse_disk("a.img"), disk("a.img", false));
+        assert_eq!(parse_disk("a,b.img,ro"), disk("a,b.img", true));
+        assert!(parse_disk("").is_err());
+        assert!(parse_disk(",ro").is_err());
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! `run`: creates a VM and starts it.
 
-use migr_proto::v1::RunRequest;
+use migr_proto::v1::{DiskOrder, RunRequest};
 
 use super::{Context, absolute};
-use crate::args::RunArgs;
+use crate::args::{Disk, RunArgs};
 use crate::failure::Failure;
 
 pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
@@ -13,7 +13,7 @@ pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
         cmdline: args.cmdline,
         memory_bytes: args.memory,
         cpus: args.cpus,
-        disks: Vec::new(),
+        disks: args.disks.iter().map(disk).collect::<Result<_, _>>()?,
         nets: Vec::new(),
         cpu: None,
         name: args.name,
@@ -22,4 +22,9 @@ pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
     let client = ctx.connect(&doing).await?;
     let reply = client.rpc().run(request).await;
     ctx.workload(&client, &doing, reply)
+}
+
+fn disk(disk: &Disk) -> Result<DiskOrder, Failure> {
+    let Disk { path, read_only } = disk;
+    Ok(DiskOrder { path: absolute(path)?, read_only: *read_only })
 }

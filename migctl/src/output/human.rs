@@ -64,6 +64,10 @@ pub fn inspection(inspection: &Inspection) -> String {
         ("log", show_bytes(inspection.log_bytes)),
         ("log dropped", show_bytes(inspection.log_dropped_bytes)),
     ];
+    facts.extend(inspection.disks.iter().map(|disk| {
+        let how = if disk.read_only { " (read-only)" } else { "" };
+        ("disk", format!("{}{how}", disk.path))
+    }));
     facts.retain(|(label, value)| *label != "note" || !value.is_empty());
     let mut text = aligned(&facts);
     if let Some(last) = &inspection.last_migration {

@@ -94,6 +94,10 @@ fn verbs_that_change_a_workload_show_it() {
         assert_eq!((run.status, &run.object()["workload"]["name"]), (0, &json!("web")));
     }
     assert!(fake.requests().iter().any(|r| r.contains("force: true")));
+    assert_eq!(fake.migctl(&["stop", "web", "--timeout", "90s"]).status, 0);
+    let asked = |r: &String| r.contains("force: false") && r.contains("timeout_ms: 90000");
+    assert!(fake.requests().iter().any(asked));
+    assert_eq!(fake.migctl(&["stop", "web", "--force", "--timeout", "90s"]).status, 2);
     assert_eq!(fake.migctl(&["-o", "json", "rm", "db"]).object(), json!({"removed": "db"}));
     let cancel = fake.migctl(&["-o", "json", "cancel", "web"]).object();
     assert_eq!(cancel, json!({"workload": "web", "migration_id": "m-1", "cancelling": true}));

@@ -92,7 +92,10 @@ impl Control for ControlService {
         request: Request<proto::RunRequest>,
     ) -> Result<Response<proto::Workload>, Status> {
         let request = request.into_inner();
-        let new = orders::new_vm(self.here(), &request)?;
+        let mut new = orders::new_vm(self.here(), &request)?;
+        let measured = self.vms.measure(&mut new).await;
+        measured.map_err(|e| invalid(self.here(), e.to_string()))?;
+        new.check().map_err(|e| invalid(self.here(), e.to_string()))?;
         let id = WorkloadId::random();
         let streams = streams(new.memory_bytes);
         let manifest = Manifest {
@@ -109,7 +112,7 @@ impl Control for ControlService {
         let claim = self.registry.claim_new(&manifest).map_err(|e| self.refused(&e))?;
         let (registry, vms) = (self.registry.clone(), self.vms.clone());
         let created = to_the_end(async move {
-            let vm = vms.create(id, &new).await;
+            let vm = vms.create(id, &manifest.name, &new).await;
             let vm = vm.map_err(|e| status::workload(registry.here(), &e))?;
             let identity: Identity = crate::migration::destination::identity(&manifest);
             let created = registry.create(identity, vm).await;
@@ -150,7 +153,7 @@ impl Control for ControlService {
             log_bytes: footprint.log_bytes,
             log_dropped_bytes: footprint.log_dropped_bytes,
             last_migration: last.map(|report| convert::report(&report, status.identity.kind)),
-            disks: Vec::new(),
+            disks: config.disks.into_iter().map(convert::disk).collect(),
             nets: Vec::new(),
             cpu: None,
         }))
@@ -259,7 +262,13 @@ impl Control for ControlService {
         &self,
         request: Request<proto::StopRequest>,
     ) -> Result<Response<proto::Workload>, Status> {
-        self.workload(self.registry.stop(&request.into_inner().name).await)
+        let proto::StopRequest { name, force, timeout_ms } = request.into_inner();
+        let stopped = if force {
+            self.registry.stop(&name).await
+        } else {
+            self.registry.ask_to_end(&name, orders::patience(timeout_ms)).await
+        };
+        self.workload(stopped)
     }
 
     async fn remove(

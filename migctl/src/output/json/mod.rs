@@ -44,6 +44,20 @@ impl From<v1::Workload> for Workload {
     }
 }
 
+/// A disk of a workload, in `inspect`.
+#[derive(Debug, Serialize)]
+pub struct Disk {
+    pub path: String,
+    pub read_only: bool,
+}
+
+impl From<v1::DiskOrder> for Disk {
+    fn from(from: v1::DiskOrder) -> Self {
+        let v1::DiskOrder { path, read_only } = from;
+        Self { path, read_only }
+    }
+}
+
 /// `inspect`.
 #[derive(Debug, Serialize)]
 pub struct Inspection {
@@ -51,6 +65,7 @@ pub struct Inspection {
     pub kernel: String,
     pub initrd: Option<String>,
     pub cmdline: String,
+    pub disks: Vec<Disk>,
     pub vmm_pid: Option<u32>,
     pub memory_populated_bytes: u64,
     pub vmm_overhead_bytes: u64,
@@ -66,6 +81,7 @@ impl From<v1::InspectReply> for Inspection {
             kernel: from.kernel,
             initrd: filled(from.initrd),
             cmdline: from.cmdline,
+            disks: from.disks.into_iter().map(Into::into).collect(),
             vmm_pid: Some(from.vmm_pid).filter(|pid| *pid != 0),
             memory_populated_bytes: from.memory_populated_bytes,
             vmm_overhead_bytes: from.vmm_overhead_bytes,

@@ -19,14 +19,22 @@ pub enum WireError {
     },
     /// Written by another version of migrd.
     #[error(
-        "the VM state is of version {version}, this migrd reads version {known}: use the same \
-         migrd at both ends"
+        "the VM state is of version {version}, this migrd reads up to version {known}: use a \
+         migrd that is as new as the one that wrote it"
     )]
     Version {
         /// Its version.
         version: u32,
-        /// The version read here.
+        /// The newest version read here.
         known: u32,
+    },
+    /// A state that does not go with its VM.
+    #[error("the VM state is of version {version}, its configuration of version {config}")]
+    OtherVersion {
+        /// Of the state.
+        version: u32,
+        /// Of the configuration.
+        config: u32,
     },
     /// A message that must be there is not.
     #[error("the VM state lacks {what}")]

@@ -68,6 +68,15 @@ pub fn save_vm(vm: &VmFd, clock: VmClock) -> Result<proto::VmDevices, SnapshotEr
     Ok(devices.into_wire(clock.nanoseconds()))
 }
 
+/// Whether the guest takes no interrupt of the IOAPIC's pin `pin`, which every
+/// guest that uses one switches on first.
+///
+/// # Errors
+/// When KVM does not tell.
+pub fn is_masked(vm: &VmFd, pin: u32) -> Result<bool, SnapshotError> {
+    devices::is_masked(vm, pin)
+}
+
 /// Restores what [`save_vm`] gave, but for the clock.
 ///
 /// # Errors
@@ -100,6 +109,19 @@ pub fn restore_vcpu(
     clock: RestoredClock,
 ) -> Result<(), SnapshotError> {
     vcpu::Vcpu::from_wire(state)?.restore(vcpu, host, clock)
+}
+
+/// Restores a vCPU that has run, in the VM in which it was saved.
+///
+/// # Errors
+/// When KVM refuses it.
+pub fn reset_vcpu(
+    vcpu: &VcpuFd,
+    state: &proto::VcpuState,
+    host: &Host,
+    clock: RestoredClock,
+) -> Result<(), SnapshotError> {
+    vcpu::Vcpu::from_wire(state)?.reset(vcpu, host, clock)
 }
 
 /// Tells the guest on this vCPU that it stood still, so that it does not take

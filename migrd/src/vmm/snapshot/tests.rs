@@ -56,13 +56,21 @@ fn whole(devices: proto::VmDevices, vcpus: Vec<proto::VcpuState>) -> proto::VmSt
     let cpus = u32::try_from(vcpus.len()).unwrap();
     proto::VmState {
         version: state::VERSION,
-        config: Some(proto::VmConfig { cpus, ..Default::default() }),
+        config: Some(proto::VmConfig { version: state::VERSION, cpus, ..Default::default() }),
         devices: Some(devices),
         vcpus,
         serial: Some(proto::SerialState::default()),
         i8042: Some(proto::I8042State {}),
+        clock_chip: Some(proto::ClockChipState::default()),
+        power: Some(proto::PowerState::default()),
         ..Default::default()
     }
+}
+
+/// As the first version wrote it.
+fn whole_of_version_1(state: proto::VmState) -> proto::VmState {
+    let config = state.config.map(|config| proto::VmConfig { version: 1, ..config });
+    proto::VmState { version: 1, config, clock_chip: None, power: None, ..state }
 }
 
 /// Gives every part of a machine a value that it does not have after reset.
@@ -295,15 +303,28 @@ fn state_of_two() -> proto::VmState {
 
 #[test]
 fn state_of_another_version_is_refused_by_name() {
-    let newer = proto::VmState { version: 2, ..state_of_two() };
+    let newer = proto::VmState { version: 3, ..state_of_two() };
     let error = state::decode(&newer.encode_to_vec()).unwrap_err();
-    assert_eq!(error, WireError::Version { version: 2, known: 1 });
+    assert_eq!(error, WireError::Version { version: 3, known: 2 });
     // The rest of a newer state need not decode.
-    let mut bytes = vec![0x08, 0x02];
+    let mut bytes = vec![0x08, 0x03];
     bytes.extend_from_slice(&[0x10, 0x01]);
     let error = state::decode(&bytes).unwrap_err();
-    assert_eq!(error, WireError::Version { version: 2, known: 1 });
-    assert_eq!(state::decode(&[]).unwrap_err(), WireError::Version { version: 0, known: 1 });
+    assert_eq!(error, WireError::Version { version: 3, known: 2 });
+    assert_eq!(state::decode(&[]).unwrap_err(), WireError::Version { version: 0, known: 2 });
+}
+
+#[test]
+fn state_of_the_first_version_is_still_read() {
+    let old = whole_of_version_1(state_of_two());
+    assert_eq!(state::decode(&old.encode_to_vec()).unwrap(), old);
+}
+
+#[test]
+fn a_state_and_its_configuration_are_of_one_version() {
+    let mixed = proto::VmState { version: 1, ..state_of_two() };
+    let error = state::decode(&mixed.encode_to_vec()).unwrap_err();
+    assert_eq!(error, WireError::OtherVersion { version: 1, config: 2 });
 }
 
 #[test]
@@ -311,7 +332,9 @@ fn state_that_no_vm_can_have_is_refused() {
     let good = state_of_two();
     state::decode(&good.encode_to_vec()).unwrap();
     type Damage = fn(&mut proto::VmState);
-    let damages: [(&str, Damage); 17] = [
+    let damages: [(&str, Damage); 19] = [
+        ("no clock chip", |s| s.clock_chip = None),
+        ("no power button", |s| s.power = None),
         ("no config", |s| s.config = None),
         ("no devices", |s| s.devices = None),
         ("no serial", |s| s.serial = None),

@@ -177,12 +177,22 @@ impl Vcpu {
         host: &Host,
         clock: RestoredClock,
     ) -> Result<(), SnapshotError> {
-        let Self { cpuid, regs, sregs, xsave, xcrs, debug, msrs, lapic, mp_state, events, time } =
-            self;
-        // Decides which bits of everything below are legal.
-        let cpuid = CpuId::from_entries(&cpuid)
+        // Decides which bits of everything else are legal.
+        let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|_| restore_failed("CPUID")(kvm_ioctls::Error::new(libc::E2BIG)))?;
         vcpu.set_cpuid2(&cpuid).map_err(restore_failed("CPUID"))?;
+        self.reset(vcpu, host, clock)
+    }
+
+    /// Sets all but CPUID, which KVM does not let change once a vCPU has run.
+    pub(super) fn reset(
+        self,
+        vcpu: &VcpuFd,
+        host: &Host,
+        clock: RestoredClock,
+    ) -> Result<(), SnapshotError> {
+        let Self { cpuid: _, regs, sregs, xsave, xcrs, debug, msrs, lapic, mp_state, events, time } =
+            self;
         vcpu.set_regs(&regs).map_err(restore_failed("registers"))?;
         // Holds the APIC's base and mode, which tell how to read its page, and
         // the CR4 bit without which XCR0 is out of reach.
