@@ -221,6 +221,12 @@ impl Machine {
         Ok(self.virtio.attach(backings, files)?)
     }
 
+    /// The devices that have a file behind them.
+    #[must_use]
+    pub fn attached(&self) -> Vec<proto::ChildBacking> {
+        self.virtio.backed()
+    }
+
     /// Closes what is behind the disks, of a guest that does not run.
     ///
     /// # Errors
