@@ -163,6 +163,28 @@ pub struct RunArgs {
     /// Initial RAM disk, read by the daemon.
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
+    /// CPU features that the guest sees, for as long as it lives: host, all that this host has;
+    /// baseline, what any host of the last ten years has; or a file that lists features.
+    #[arg(long, value_name = "host|baseline|FILE", default_value = "host", value_parser = parse_cpu)]
+    pub cpu: Cpu,
+}
+
+/// Which CPU features a guest sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cpu {
+    /// Those that the daemon knows by this name.
+    Named(&'static str),
+    /// Those in a list.
+    Listed(PathBuf),
+}
+
+fn parse_cpu(text: &str) -> Result<Cpu, String> {
+    match text {
+        "host" => Ok(Cpu::Named("host")),
+        "baseline" => Ok(Cpu::Named("baseline")),
+        "" => Err("give host, baseline or the path of a list of features".to_owned()),
+        path => Ok(Cpu::Listed(PathBuf::from(path))),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -347,6 +369,13 @@ mod tests {
         assert_eq!(parse_escape("^a"), Ok(Escape(Some(1))));
         assert_eq!(parse_escape("none"), Ok(Escape(None)));
         assert!(parse_escape("q").is_err());
+    }
+
+    #[test]
+    fn what_is_no_named_cpu_model_is_a_list() {
+        assert_eq!(parse_cpu("baseline"), Ok(Cpu::Named("baseline")));
+        assert_eq!(parse_cpu("./host"), Ok(Cpu::Listed(PathBuf::from("./host"))));
+        assert!(parse_cpu("").is_err());
     }
 
     #[test]

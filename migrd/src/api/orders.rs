@@ -13,6 +13,7 @@ use crate::migration::phase::Mode;
 use crate::migration::source;
 use crate::wire::Peers;
 use crate::workload::vm::NewVm;
+use crate::workload::vm::cpu::{self, CpuOrderError};
 
 /// The longest stop that is planned for unless the user says otherwise.
 const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
@@ -67,7 +68,18 @@ pub(super) fn absolute(here: &str, what: &str, path: &str) -> Result<PathBuf, St
     Ok(PathBuf::from(path))
 }
 
-/// The VM that a user asks for.
+/// The CPUs that a user asks for, fixed for as long as the VM lives.
+pub(super) async fn cpu_model(
+    here: &str,
+    order: Option<&proto::CpuOrder>,
+) -> Result<proto::CpuModel, Status> {
+    cpu::model(order).await.map_err(|error| match error {
+        CpuOrderError::Senseless(error) => invalid(here, error.to_string()),
+        CpuOrderError::Host(error) => super::status::workload(here, &error),
+    })
+}
+
+/// The VM that a user asks for; its CPUs are still to be chosen.
 pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, Status> {
     if request.cmdline.len() > MAX_CMDLINE || request.cmdline.contains('\0') {
         let text = format!("the command line is longer than {MAX_CMDLINE} bytes or has a NUL");
@@ -83,6 +95,7 @@ pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, S
         cmdline: request.cmdline.clone(),
         memory_bytes: request.memory_bytes,
         cpus: request.cpus,
+        cpu: None,
     };
     vm.check().map_err(|e| invalid(here, e.to_string()))?;
     Ok(vm)

@@ -23,7 +23,7 @@ use super::lifecycle::{Lifecycle, Phase};
 use super::memory::{self, MemoryError};
 use super::sandbox::{self, SandboxError};
 use super::vcpu::Vcpu;
-use super::{cpuid, snapshot, state};
+use super::{cpu, snapshot, state};
 use crate::pages::PageSet;
 use crate::sys::mapping::populate_region;
 use crate::sys::vm::{self, Vm};
@@ -73,7 +73,10 @@ pub enum MachineError {
     Sandbox(#[from] SandboxError),
     /// The CPU's features.
     #[error("cannot give the guest its CPU features")]
-    Cpuid(#[from] cpuid::CpuidError),
+    Cpuid(#[from] cpu::CpuidError),
+    /// The VM's CPU model.
+    #[error(transparent)]
+    CpuModel(#[from] cpu::ModelError),
     /// The kernel to boot.
     #[error(transparent)]
     Boot(#[from] boot::BootError),
@@ -134,6 +137,7 @@ fn system<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> MachineError 
 #[derive(Debug)]
 pub struct Machine {
     config: proto::VmConfig,
+    cpu: snapshot::Cpu,
     snapshots: snapshot::Host,
     vm: Arc<Vm>,
     vcpus: Vec<Arc<Vcpu>>,
@@ -158,6 +162,10 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let kvm = vm::from_fd(kvm);
         check_host(&kvm, config.cpus)?;
+        let cpu = snapshot::Cpu {
+            host: cpu::HostCpu::of(&kvm)?,
+            model: config.cpu.as_ref().map(cpu::Model::from_wire).transpose()?,
+        };
         let memory = Arc::new(memory::map(memory, config.memory_bytes)?);
         let fd = create_vm(&kvm)?;
         let snapshots = snapshot::Host::probe(&kvm, &fd).map_err(|e| MachineError::State {
@@ -171,12 +179,12 @@ impl Machine {
         let bus = Arc::new(Bus::new(SerialPort::new(IrqLine(Arc::new(irq)), console.sink())));
         let mut vcpus = Vec::new();
         for index in 0..config.cpus {
-            vcpus.push(Arc::new(create_vcpu(&kvm, &vm, index, config.cpus)?));
+            vcpus.push(Arc::new(create_vcpu(&vm, &cpu, index, config.cpus)?));
         }
         let lifecycle = Arc::new(Lifecycle::new(ended));
         start_threads(&vcpus, &bus, &lifecycle, &console, log)?;
         let dirty = DirtyLog::new(Arc::clone(&vm));
-        Ok(Self { config, snapshots, vm, vcpus, bus, console, lifecycle, dirty })
+        Ok(Self { config, cpu, snapshots, vm, vcpus, bus, console, lifecycle, dirty })
     }
 
     /// What it was made of.
@@ -224,6 +232,11 @@ impl Machine {
     /// Its devices.
     pub(super) fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    /// What its vCPUs may be, and what this host's are.
+    pub(super) fn cpu(&self) -> &snapshot::Cpu {
+        &self.cpu
     }
 
     /// What this host can save and restore.
@@ -360,10 +373,14 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
     Ok(vm)
 }
 
-fn create_vcpu(kvm: &Kvm, vm: &Vm, index: u32, cpus: u32) -> Result<Vcpu, MachineError> {
+fn create_vcpu(vm: &Vm, cpu: &snapshot::Cpu, index: u32, cpus: u32) -> Result<Vcpu, MachineError> {
     let fd = vm.fd().create_vcpu(index.into()).map_err(system("create a vCPU"))?;
-    let cpuid = cpuid::for_vcpu(kvm, index, cpus)?;
+    let cpuid = cpu::for_vcpu(&cpu.host, cpu.model.as_ref(), index, cpus)?;
     fd.set_cpuid2(&cpuid).map_err(system("give the guest its CPU features"))?;
+    cpu.set_rate(&fd).map_err(|e| MachineError::State {
+        what: "give the guest its TSC frequency",
+        source: Box::new(e),
+    })?;
     Vcpu::new(fd, Arc::clone(vm.memory())).map_err(system("map a vCPU's shared page"))
 }
 

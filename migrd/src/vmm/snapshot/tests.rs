@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
 use crate::sys::kvm_state;
-use crate::vmm::cpuid;
+use crate::vmm::cpu;
 
 struct Machine {
     vm: VmFd,
@@ -23,7 +23,10 @@ fn machine(cpus: u32) -> Machine {
     let vcpus = (0..cpus)
         .map(|index| {
             let vcpu = vm.create_vcpu(index.into()).unwrap();
-            vcpu.set_cpuid2(&cpuid::for_vcpu(&kvm, index, cpus).unwrap()).unwrap();
+            vcpu.set_cpuid2(
+                &cpu::for_vcpu(&cpu::HostCpu::of(&kvm).unwrap(), None, index, cpus).unwrap(),
+            )
+            .unwrap();
             vcpu
         })
         .collect();

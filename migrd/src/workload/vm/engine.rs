@@ -20,7 +20,7 @@ use prost::Message;
 use super::arriving::ArrivingVm;
 use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm, own_program};
 use super::running::{Vm, remove};
-use super::{chain, failed, streams, told};
+use super::{chain, cpu, failed, streams, told};
 use crate::units::WorkloadId;
 use crate::workload::{Arriving, Engine, Manifest, Problem, Workload, WorkloadError};
 
@@ -50,6 +50,8 @@ pub struct NewVm {
     pub memory_bytes: u64,
     /// Virtual CPUs.
     pub cpus: u32,
+    /// What the guest's CPUs may say of themselves.
+    pub cpu: Option<proto::CpuModel>,
 }
 
 impl NewVm {
@@ -65,7 +67,7 @@ impl NewVm {
             initrd: self.initrd.as_ref().map_or_else(String::new, |p| p.display().to_string()),
             disks: Vec::new(),
             nets: Vec::new(),
-            cpu: None,
+            cpu: self.cpu.clone(),
         }
     }
 
@@ -303,6 +305,9 @@ impl Engine for VmEngine {
         }
         if let Err(error) = check_offered(manifest) {
             problems.push(Problem::new("engine", error.to_string(), HOSTS));
+        }
+        if let Ok(config) = decode(manifest) {
+            problems.extend(cpu::problems(&config).await);
         }
         problems
     }

@@ -9,6 +9,7 @@
 
 mod arriving;
 pub mod child;
+pub mod cpu;
 mod engine;
 pub mod link;
 mod running;
