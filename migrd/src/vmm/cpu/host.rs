@@ -54,14 +54,17 @@ impl HostCpu {
         })
     }
 
-    /// Asks `/dev/kvm`, also for the TSC's rate, which only a vCPU has: one is
-    /// made that never runs.
+    /// Asks `/dev/kvm`, also for the TSC's rate unless it is `known` (kHz): only
+    /// a vCPU has one, so one is made that never runs.
     ///
     /// # Errors
     /// When KVM does not tell.
-    pub fn ask(kvm: OwnedFd) -> Result<Self, CpuidError> {
+    pub fn ask(kvm: OwnedFd, known: Option<u32>) -> Result<Self, CpuidError> {
         let kvm = vm::from_fd(kvm);
         let host = Self::of(&kvm)?;
+        if let Some(tsc_khz) = known {
+            return Ok(Self { tsc_khz, ..host });
+        }
         let vm = kvm.create_vm().map_err(CpuidError::Rate)?;
         let vcpu = vm.create_vcpu(0).map_err(CpuidError::Rate)?;
         Ok(Self { tsc_khz: vcpu.get_tsc_khz().map_err(CpuidError::Rate)?, ..host })

@@ -194,3 +194,34 @@ fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<(), SnapshotError> {
     let count = vcpu.set_msrs(&one_msr(index, value)?).map_err(restore_failed("MSRs"))?;
     if count == 1 { Ok(()) } else { Err(SnapshotError::Msr { index, value }) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tsc_advances_as_its_rate_says() {
+        for (nanoseconds, khz, expected) in [
+            (0, 2_300_000, 0),
+            (1_000_000, 2_300_000, 2_300_000),
+            // Less than a tick is no tick: the TSC is never ahead of the clock.
+            (1, 999_999, 0),
+            (3, 2_299_998, 6),
+            // Ten years at 5 GHz.
+            (315_360_000_000_000_000, 5_000_000, 1_576_800_000_000_000_000),
+            (u64::MAX, u32::MAX, u64::MAX),
+        ] {
+            assert_eq!(ticks(nanoseconds, khz), expected, "{nanoseconds} ns at {khz} kHz");
+        }
+    }
+
+    #[test]
+    fn a_tsc_never_goes_back_however_long_the_restore_takes() {
+        let mut before = 0;
+        for elapsed in (0..10_000_000).step_by(977) {
+            let now = ticks(elapsed, 2_299_998);
+            assert!(now >= before);
+            before = now;
+        }
+    }
+}

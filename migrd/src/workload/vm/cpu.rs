@@ -1,6 +1,8 @@
 //! CPUs, as the daemon asks about them: what a new VM is given, and whether
 //! this host can keep up what another host has given.
 
+use std::sync::OnceLock;
+
 use migr_proto::v1 as proto;
 
 use super::chain;
@@ -28,6 +30,10 @@ impl From<OrderError> for CpuOrderError {
     }
 }
 
+/// The rate of this host's TSC in kHz, once it was asked for: unlike features,
+/// which another version of KVM's module may change, it stays.
+static RATE: OnceLock<u32> = OnceLock::new();
+
 /// What this host's CPUs can do.
 ///
 /// # Errors
@@ -37,7 +43,10 @@ pub async fn host() -> Result<HostCpu, WorkloadError> {
     // over.
     let asked = tokio::task::spawn_blocking(|| {
         let kvm = open_kvm().map_err(|e| WorkloadError::new(chain(&e)))?;
-        HostCpu::ask(kvm.into()).map_err(|e| WorkloadError::new(chain(&e)))
+        let host = HostCpu::ask(kvm.into(), RATE.get().copied());
+        let host = host.map_err(|e| WorkloadError::new(chain(&e)))?;
+        RATE.get_or_init(|| host.tsc_khz());
+        Ok(host)
     });
     asked.await.unwrap_or_else(|e| Err(WorkloadError::caused("this host was not asked", e)))
 }
@@ -107,4 +116,71 @@ fn misfits(model: &Model, host: &HostCpu) -> Vec<Problem> {
         problems.push(Problem::new("destination-tsc", message, remedy));
     }
     problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::cpu::{Place, Register};
+
+    const LEAF_7: Place = Place { function: 7, index: 0, register: Register::Ebx };
+    const AVX2: u32 = 1 << 5;
+
+    fn made_of(vendor: &[u8; 12], ebx: u32, tsc_khz: u32, scaling: bool) -> HostCpu {
+        let word = |at: usize| u32::from_le_bytes(vendor[at..at + 4].try_into().unwrap());
+        let names = kvm_bindings::kvm_cpuid_entry2 {
+            ebx: word(0),
+            edx: word(4),
+            ecx: word(8),
+            ..Default::default()
+        };
+        let features = kvm_bindings::kvm_cpuid_entry2 { function: 7, ebx, ..Default::default() };
+        HostCpu::made_of(vec![names, features], tsc_khz, scaling)
+    }
+
+    fn codes(model: &Model, host: &HostCpu) -> Vec<&'static str> {
+        misfits(model, host).into_iter().map(|problem| problem.code).collect()
+    }
+
+    #[test]
+    fn each_way_in_which_hosts_differ_has_its_own_name() {
+        let source = made_of(b"GenuineIntel", AVX2 | 1, 2_300_000, false);
+        let model = Model::all_of(&source);
+        assert_eq!(model.word(LEAF_7), Some(AVX2 | 1));
+        assert_eq!(codes(&model, &source), [""; 0]);
+        let more = made_of(b"GenuineIntel", u32::MAX, 2_300_100, false);
+        assert_eq!(codes(&model, &more), [""; 0]);
+        let less = made_of(b"GenuineIntel", 1, 2_300_000, false);
+        let problems = misfits(&model, &less);
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].code, "destination-cpu-features");
+        assert!(problems[0].message.ends_with("(host): avx2"), "{}", problems[0].message);
+        assert!(problems[0].remedy.contains("--cpu baseline"));
+        let slower = made_of(b"GenuineIntel", AVX2 | 1, 2_200_000, false);
+        assert_eq!(codes(&model, &slower), ["destination-tsc"]);
+        let scaling = made_of(b"GenuineIntel", AVX2 | 1, 2_200_000, true);
+        assert_eq!(codes(&model, &scaling), [""; 0]);
+        let all = ["destination-cpu-vendor", "destination-cpu-features", "destination-tsc"];
+        assert_eq!(codes(&model, &made_of(b"AuthenticAMD", 0, 2_200_000, false)), all);
+    }
+
+    #[tokio::test]
+    async fn this_host_can_keep_up_what_it_gave_and_no_feature_beyond() {
+        let config = |cpu| proto::VmConfig { cpu, ..Default::default() };
+        assert_eq!(problems(&config(None)).await, []);
+        let given = model(None).await.unwrap();
+        assert_eq!(problems(&config(Some(given.clone()))).await, []);
+        assert_eq!(order(&config(Some(given.clone()))).unwrap().name, "host");
+        // Leaf 1, ECX, bit 10: no KVM gives it.
+        let mut more = given;
+        let ecx = i32::from(proto::CpuRegister::Ecx);
+        let wanted = |f: &&mut proto::CpuFeatures| f.function == 1 && f.register == ecx;
+        more.features.iter_mut().filter(wanted).for_each(|f| f.bits |= 1 << 10);
+        let found = problems(&config(Some(more.clone()))).await;
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].code, "destination-cpu-features");
+        assert!(found[0].message.ends_with(": cid"), "{}", found[0].message);
+        more.features.iter_mut().for_each(|f| f.register = 77);
+        assert_eq!(problems(&config(Some(more))).await[0].code, "engine");
+    }
 }
