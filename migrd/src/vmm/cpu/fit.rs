@@ -50,6 +50,13 @@ pub fn missing(model: &Model, host: &HostCpu) -> Vec<String> {
     lacking(&model.words, |place| host.word(place))
 }
 
+/// The names of the features beyond `model` that `host` can't hide.
+#[must_use]
+pub fn unhidden(model: &Model, host: &HostCpu) -> Vec<String> {
+    let words = model.words.keys().map(|place| (*place, host.unhidden_word(*place)));
+    lacking(&words.collect(), |place| model.word(place).unwrap_or(u32::MAX))
+}
+
 /// Whether a guest's TSC that ran at `wanted` kHz can go on at `has` kHz
 /// without scaling: the rates differ by no more than two measurements of one
 /// rate do.

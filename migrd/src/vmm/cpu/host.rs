@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::features::{self, Place, Register, WORDS};
@@ -17,9 +17,9 @@ pub enum CpuidError {
     /// More leaves than KVM takes.
     #[error("the CPU features need more leaves than KVM takes")]
     TooMany,
-    /// No VM to ask for the TSC's rate.
-    #[error("KVM did not tell how fast its guests' TSC runs")]
-    Rate(#[source] kvm_ioctls::Error),
+    /// No vCPU to ask.
+    #[error("KVM did not tell what its vCPUs are like")]
+    Probe(#[source] kvm_ioctls::Error),
 }
 
 /// Features whose state does not travel with a VM, and which no guest is
@@ -33,41 +33,44 @@ const SVM_LEAF: u32 = 0x8000_000a;
 #[derive(Clone, Debug)]
 pub struct HostCpu {
     supported: Vec<kvm_cpuid_entry2>,
+    /// What a vCPU has that was given no feature at all: a KVM which runs
+    /// guests' programs without virtualization can't hide what the CPU has.
+    unhidden: Vec<kvm_cpuid_entry2>,
     deadline: bool,
     tsc_khz: u32,
     scaling: bool,
 }
 
 impl HostCpu {
-    /// Asks KVM for features; the TSC's rate stays 0, not known.
+    /// Asks KVM, with a vCPU that never runs: only a vCPU has a rate, and
+    /// shows what can't be hidden.
     ///
     /// # Errors
     /// When KVM does not tell.
     pub fn of(kvm: &Kvm) -> Result<Self, CpuidError> {
         let supported =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Unknown)?;
+        let vm = kvm.create_vm().map_err(CpuidError::Probe)?;
+        let vcpu = vm.create_vcpu(0).map_err(CpuidError::Probe)?;
+        let bare = CpuId::from_entries(&without_features(supported.as_slice()))
+            .map_err(|_| CpuidError::TooMany)?;
+        vcpu.set_cpuid2(&bare).map_err(CpuidError::Probe)?;
+        let unhidden = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Probe)?;
         Ok(Self {
             supported: supported.as_slice().to_vec(),
+            unhidden: unhidden.as_slice().to_vec(),
             deadline: kvm.check_extension(Cap::TscDeadlineTimer),
-            tsc_khz: 0,
+            tsc_khz: vcpu.get_tsc_khz().map_err(CpuidError::Probe)?,
             scaling: kvm.check_extension(Cap::TscControl),
         })
     }
 
-    /// Asks `/dev/kvm`, also for the TSC's rate unless it is `known` (kHz): only
-    /// a vCPU has one, so one is made that never runs.
+    /// Asks `/dev/kvm`.
     ///
     /// # Errors
     /// When KVM does not tell.
-    pub fn ask(kvm: OwnedFd, known: Option<u32>) -> Result<Self, CpuidError> {
-        let kvm = vm::from_fd(kvm);
-        let host = Self::of(&kvm)?;
-        if let Some(tsc_khz) = known {
-            return Ok(Self { tsc_khz, ..host });
-        }
-        let vm = kvm.create_vm().map_err(CpuidError::Rate)?;
-        let vcpu = vm.create_vcpu(0).map_err(CpuidError::Rate)?;
-        Ok(Self { tsc_khz: vcpu.get_tsc_khz().map_err(CpuidError::Rate)?, ..host })
+    pub fn ask(kvm: OwnedFd) -> Result<Self, CpuidError> {
+        Self::of(&vm::from_fd(kvm))
     }
 
     /// Who made the CPUs: the 12 characters of leaf 0.
@@ -99,12 +102,17 @@ impl HostCpu {
         self.supported.iter().find(|l| l.function == function && l.index == index)
     }
 
-    /// The feature bits at `place`, whether or not the word is a known one.
-    /// Bits that KVM or the VMM manages are left out.
+    /// The feature bits at `place` that a guest can have, whether or not the
+    /// word is a known one. Bits that KVM or the VMM manages are left out.
     #[must_use]
     pub fn word(&self, place: Place) -> u32 {
-        let value = self.leaf(place.function, place.index).map_or(0, |l| register(l, place));
-        value & !features::word_at(place).map_or(0, |word| word.managed)
+        word_of(&self.supported, place) | self.unhidden_word(place)
+    }
+
+    /// The feature bits at `place` that every guest has, whatever it is given.
+    #[must_use]
+    pub fn unhidden_word(&self, place: Place) -> u32 {
+        word_of(&self.unhidden, place)
     }
 
     /// The leaves that guests are given, before anything is left out for one.
@@ -143,8 +151,29 @@ impl HostCpu {
 
     #[cfg(test)]
     pub(crate) fn made_of(supported: Vec<kvm_cpuid_entry2>, tsc_khz: u32, scaling: bool) -> Self {
-        Self { supported, deadline: true, tsc_khz, scaling }
+        Self { supported, unhidden: Vec::new(), deadline: true, tsc_khz, scaling }
     }
+
+    #[cfg(test)]
+    pub(super) fn not_hiding(self, unhidden: Vec<kvm_cpuid_entry2>) -> Self {
+        Self { unhidden, ..self }
+    }
+}
+
+fn word_of(leaves: &[kvm_cpuid_entry2], place: Place) -> u32 {
+    let mut here = leaves.iter().filter(|l| l.function == place.function && l.index == place.index);
+    let value = here.next().map_or(0, |leaf| register(leaf, place));
+    value & !features::word_at(place).map_or(0, |word| word.managed)
+}
+
+fn without_features(leaves: &[kvm_cpuid_entry2]) -> Vec<kvm_cpuid_entry2> {
+    let mut bare = leaves.to_vec();
+    for word in WORDS {
+        let Place { function, index, register: _ } = word.place;
+        let here = bare.iter_mut().filter(|l| l.function == function && l.index == index);
+        here.for_each(|leaf| *register_mut(leaf, word.place) &= word.managed);
+    }
+    bare
 }
 
 /// The register that `place` names.

@@ -72,6 +72,17 @@ pub enum OrderError {
         /// What is missing.
         names: Vec<String>,
     },
+    /// Features beyond the list that KVM does not hide.
+    #[error(
+        "this host's KVM shows every guest features beyond the CPU model {model}: {}; choose \
+         another host, or add them to a list", .names.join(", ")
+    )]
+    Unhidden {
+        /// The model.
+        model: String,
+        /// What would be seen all the same.
+        names: Vec<String>,
+    },
     /// The host can't be asked.
     #[error(transparent)]
     Host(#[from] CpuidError),
@@ -88,7 +99,7 @@ impl OrderError {
             | Self::Unknown { .. }
             | Self::Withheld { .. }
             | Self::Needs { .. } => true,
-            Self::Lacks { .. } | Self::Host(_) => false,
+            Self::Lacks { .. } | Self::Unhidden { .. } | Self::Host(_) => false,
         }
     }
 }
@@ -198,7 +209,12 @@ impl Model {
         }
         repeat(&mut words, host);
         let (vendor, tsc_khz) = (host.vendor(), host.tsc_khz());
-        Ok(Self { name: name.to_owned(), vendor, words, tsc_khz })
+        let model = Self { name: name.to_owned(), vendor, words, tsc_khz };
+        let names = super::fit::unhidden(&model, host);
+        if !names.is_empty() {
+            return Err(OrderError::Unhidden { model: model.name, names });
+        }
+        Ok(model)
     }
 }
 

@@ -4,7 +4,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 use migr_proto::v1 as proto;
 
-use super::features::{LEAF_1_EDX, LEAF_8000_0001_EDX, XCR0_LOW};
+use super::features::{LEAF_8000_0001_EDX, XCR0_LOW};
 use super::*;
 
 fn leaf(function: u32, index: u32, words: [u32; 4]) -> kvm_cpuid_entry2 {
@@ -165,6 +165,18 @@ fn lists_that_make_no_sense_are_refused_by_name() {
 }
 
 #[test]
+fn a_model_below_what_kvm_cannot_hide_is_refused_by_name() {
+    let host = intel().not_hiding(vec![leaf(0x7, 0, [0, bits("avx2 bmi1"), bits("ospke"), 0])]);
+    let message = refusal("baseline", &[], &host);
+    assert!(message.contains("beyond the CPU model baseline: bmi1, avx2;"), "{message}");
+    let elsewhere = Model::ordered(Some(&order("baseline", &[])), &intel()).unwrap();
+    assert_eq!(unhidden(&elsewhere, &host), ["bmi1", "avx2"]);
+    assert_eq!(unhidden(&Model::all_of(&host), &host), [""; 0]);
+    let list = ["pni", "ssse3", "sse4_1", "sse4_2", "xsave", "avx", "avx2", "bmi1"];
+    Model::ordered(Some(&order("rack", &list)), &host).unwrap();
+}
+
+#[test]
 fn what_every_vm_has_need_not_be_left_out_of_a_list() {
     let list = ["apic", "x2apic", "hypervisor", "tsc_deadline_timer", "sse2"];
     let model = Model::ordered(Some(&order("rack", &list)), &intel()).unwrap();
@@ -308,11 +320,9 @@ fn all_but_one(host: &HostCpu) -> (proto::CpuOrder, String) {
     };
     let model = |order: &proto::CpuOrder| Model::ordered(Some(order), host);
     let gone = |model: Model, name: &String| !model.names().contains(name);
-    // Of leaf 1's EDX, which the test looks at.
-    let here = |name: &&String| features::find(name).is_some_and(|(w, _)| w.place == LEAF_1_EDX);
-    let found = all.iter().filter(here).map(|name| (without(name), name.clone()));
+    let found = all.iter().map(|name| (without(name), name.clone()));
     let mut found = found.filter(|(o, name)| model(o).is_ok_and(|m| gone(m, name)));
-    found.next().expect("a feature of leaf 1 that a guest can do without")
+    found.next().expect("a feature that a guest can do without")
 }
 
 #[test]
@@ -320,15 +330,16 @@ fn kvm_holds_for_a_vcpu_what_its_model_leaves_out() {
     let kvm = kvm();
     let host = HostCpu::of(&kvm).unwrap();
     let (order, name) = all_but_one(&host);
-    let (_, mask) = features::find(&name).unwrap();
+    let (word, mask) = features::find(&name).unwrap();
     let model = Model::ordered(Some(&order), &host).unwrap();
     let vm = kvm.create_vm().unwrap();
     for (index, model, seen) in [(0, None, mask), (1, Some(&model), 0)] {
         let vcpu = vm.create_vcpu(index.into()).unwrap();
         vcpu.set_cpuid2(&for_vcpu(&host, model, index, 2).unwrap()).unwrap();
         let taken = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();
+        let leaf = find(taken.as_slice(), word.place.function, word.place.index).unwrap();
+        assert_eq!(register(&leaf, word.place) & mask, seen, "{name}");
         let edx = find(taken.as_slice(), 0x1, 0).unwrap().edx;
-        assert_eq!(edx & mask, seen, "{name}");
         assert_ne!(edx & bits("sse2"), 0, "what is left is there");
     }
 }
@@ -336,7 +347,7 @@ fn kvm_holds_for_a_vcpu_what_its_model_leaves_out() {
 #[test]
 fn this_host_tells_its_vendor_and_its_rate() {
     let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
-    let host = HostCpu::ask(device.into(), None).unwrap();
+    let host = HostCpu::ask(device.into()).unwrap();
     assert_eq!(host.vendor().len(), 12);
     assert!(host.tsc_khz() > 0);
     assert!(host.names().iter().any(|name| name == "sse2"));

@@ -1,8 +1,6 @@
 //! CPUs, as the daemon asks about them: what a new VM is given, and whether
 //! this host can keep up what another host has given.
 
-use std::sync::OnceLock;
-
 use migr_proto::v1 as proto;
 
 use super::chain;
@@ -30,10 +28,6 @@ impl From<OrderError> for CpuOrderError {
     }
 }
 
-/// The rate of this host's TSC in kHz, once it was asked for: unlike features,
-/// which another version of KVM's module may change, it stays.
-static RATE: OnceLock<u32> = OnceLock::new();
-
 /// What this host's CPUs can do.
 ///
 /// # Errors
@@ -43,10 +37,7 @@ pub async fn host() -> Result<HostCpu, WorkloadError> {
     // over.
     let asked = tokio::task::spawn_blocking(|| {
         let kvm = open_kvm().map_err(|e| WorkloadError::new(chain(&e)))?;
-        let host = HostCpu::ask(kvm.into(), RATE.get().copied());
-        let host = host.map_err(|e| WorkloadError::new(chain(&e)))?;
-        RATE.get_or_init(|| host.tsc_khz());
-        Ok(host)
+        HostCpu::ask(kvm.into()).map_err(|e| WorkloadError::new(chain(&e)))
     });
     asked.await.unwrap_or_else(|e| Err(WorkloadError::caused("this host was not asked", e)))
 }
@@ -104,6 +95,16 @@ fn misfits(model: &Model, host: &HostCpu) -> Vec<Problem> {
         );
         let remedy = "choose another host; a guest that is started with `migctl run --cpu \
                       baseline`, or with a list of what all your hosts have, can move between them";
+        problems.push(Problem::new("destination-cpu-features", message, remedy));
+    }
+    let unhidden = cpu::unhidden(model, host);
+    if !unhidden.is_empty() {
+        let message = format!(
+            "this host's KVM shows every guest features beyond what the guest was given ({}): {}",
+            model.name(),
+            unhidden.join(", ")
+        );
+        let remedy = "choose a host whose KVM can hide them";
         problems.push(Problem::new("destination-cpu-features", message, remedy));
     }
     let (wanted, has) = (model.tsc_khz(), host.tsc_khz());
