@@ -169,6 +169,10 @@ pub struct RunArgs {
     /// read-only. May be given several times.
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
     pub disks: Vec<Disk>,
+    /// CPU features that the guest sees, for as long as it lives: host, all that this host has;
+    /// baseline, what any host of the last ten years has; or a file that lists features.
+    #[arg(long, value_name = "host|baseline|FILE", default_value = "host", value_parser = parse_cpu)]
+    pub cpu: Cpu,
 }
 
 /// A disk of a new VM.
@@ -189,6 +193,24 @@ fn parse_disk(text: &str) -> Result<Disk, String> {
         return Err("a disk needs the path of an image".to_owned());
     }
     Ok(Disk { path: path.into(), read_only })
+}
+
+/// Which CPU features a guest sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cpu {
+    /// Those that the daemon knows by this name.
+    Named(&'static str),
+    /// Those in a list.
+    Listed(PathBuf),
+}
+
+fn parse_cpu(text: &str) -> Result<Cpu, String> {
+    match text {
+        "host" => Ok(Cpu::Named("host")),
+        "baseline" => Ok(Cpu::Named("baseline")),
+        "" => Err("give host, baseline or the path of a list of features".to_owned()),
+        path => Ok(Cpu::Listed(PathBuf::from(path))),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -385,6 +407,13 @@ mod tests {
         assert_eq!(parse_disk("a,b.img,ro"), disk("a,b.img", true));
         assert!(parse_disk("").is_err());
         assert!(parse_disk(",ro").is_err());
+    }
+
+    #[test]
+    fn what_is_no_named_cpu_model_is_a_list() {
+        assert_eq!(parse_cpu("baseline"), Ok(Cpu::Named("baseline")));
+        assert_eq!(parse_cpu("./host"), Ok(Cpu::Listed(PathBuf::from("./host"))));
+        assert!(parse_cpu("").is_err());
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::migration::phase::Mode;
 use crate::migration::source;
 use crate::wire::Peers;
 use crate::workload::vm::NewVm;
+use crate::workload::vm::cpu::{self, CpuOrderError};
 
 /// The longest stop that is planned for unless the user says otherwise.
 const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
@@ -83,7 +84,19 @@ fn disk(here: &str, order: &proto::DiskOrder) -> Result<proto::DiskConfig, Statu
     Ok(proto::DiskConfig { path, read_only: *read_only, bytes: 0 })
 }
 
-/// The VM that a user asks for; whether it can be so is not checked yet.
+/// The CPUs that a user asks for, fixed for as long as the VM lives.
+pub(super) async fn cpu_model(
+    here: &str,
+    order: Option<&proto::CpuOrder>,
+) -> Result<proto::CpuModel, Status> {
+    cpu::model(order).await.map_err(|error| match error {
+        CpuOrderError::Senseless(error) => invalid(here, error.to_string()),
+        CpuOrderError::Host(error) => super::status::workload(here, &error),
+    })
+}
+
+/// The VM that a user asks for; its CPUs are still to be chosen, and whether it
+/// can be so is not checked yet.
 pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, Status> {
     if request.cmdline.len() > MAX_CMDLINE || request.cmdline.contains('\0') {
         let text = format!("the command line is longer than {MAX_CMDLINE} bytes or has a NUL");
@@ -100,6 +113,7 @@ pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, S
         memory_bytes: request.memory_bytes,
         cpus: request.cpus,
         disks: request.disks.iter().map(|order| disk(here, order)).collect::<Result<_, _>>()?,
+        cpu: None,
     };
     Ok(vm)
 }

@@ -12,7 +12,7 @@ pub mod boot;
 pub mod bus;
 pub mod console;
 pub mod control;
-pub mod cpuid;
+pub mod cpu;
 pub mod devices;
 pub mod dirty;
 pub mod entry;

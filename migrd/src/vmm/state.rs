@@ -84,6 +84,9 @@ impl Machine {
         let proto::I8042State {} = i8042.unwrap_or_default();
         self.expect_same(&config.unwrap_or_default(), vcpus.len())?;
         let virtio = self.virtio().check(&virtio)?;
+        for vcpu in &vcpus {
+            self.cpu().check(vcpu).map_err(&restore)?;
+        }
         let devices = devices.unwrap_or_default();
         let clock = snapshot::restore_clock(self.vm_fd(), &devices).map_err(&restore)?;
         for (vcpu, state) in self.vcpus().iter().zip(&vcpus) {

@@ -71,7 +71,15 @@ pub struct Inspection {
     pub vmm_overhead_bytes: u64,
     pub log_bytes: u64,
     pub log_dropped_bytes: u64,
+    pub cpu: Option<CpuModel>,
     pub last_migration: Option<Migration>,
+}
+
+/// The CPU features that a guest was given.
+#[derive(Debug, Serialize)]
+pub struct CpuModel {
+    pub name: String,
+    pub features: Vec<String>,
 }
 
 impl From<v1::InspectReply> for Inspection {
@@ -87,6 +95,7 @@ impl From<v1::InspectReply> for Inspection {
             vmm_overhead_bytes: from.vmm_overhead_bytes,
             log_bytes: from.log_bytes,
             log_dropped_bytes: from.log_dropped_bytes,
+            cpu: from.cpu.map(|v1::CpuOrder { name, features }| CpuModel { name, features }),
             last_migration: from.last_migration.map(Into::into),
         }
     }
@@ -107,6 +116,23 @@ pub struct Host {
     pub kvm: bool,
     pub kvm_problem: Option<String>,
     pub workloads: u32,
+    pub cpu: Option<HostCpu>,
+}
+
+/// What a host can give its guests.
+#[derive(Debug, Serialize)]
+pub struct HostCpu {
+    pub vendor: String,
+    pub tsc_khz: u32,
+    pub tsc_scaling: bool,
+    pub features: Vec<String>,
+}
+
+impl From<v1::HostCpu> for HostCpu {
+    fn from(from: v1::HostCpu) -> Self {
+        let v1::HostCpu { vendor, features, tsc_khz, tsc_scaling } = from;
+        Self { vendor, tsc_khz, tsc_scaling, features }
+    }
 }
 
 impl From<v1::HostReply> for Host {
@@ -124,6 +150,7 @@ impl From<v1::HostReply> for Host {
             kvm: from.kvm,
             kvm_problem: filled(from.kvm_problem),
             workloads: from.workloads,
+            cpu: from.cpu.map(Into::into),
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::vmm::lifecycle::Phase;
 use crate::vmm::memory::MemoryError;
 use crate::vmm::sandbox::SandboxError;
 use crate::vmm::virtio::DeviceError;
-use crate::vmm::{boot, cpuid};
+use crate::vmm::{boot, cpu};
 
 /// Why there is no machine, or why it cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +45,10 @@ pub enum MachineError {
     Sandbox(#[from] SandboxError),
     /// The CPU's features.
     #[error("cannot give the guest its CPU features")]
-    Cpuid(#[from] cpuid::CpuidError),
+    Cpuid(#[from] cpu::CpuidError),
+    /// The VM's CPU model.
+    #[error(transparent)]
+    CpuModel(#[from] cpu::ModelError),
     /// The kernel to boot.
     #[error(transparent)]
     Boot(#[from] boot::BootError),

@@ -17,7 +17,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub use error::MachineError;
 use error::system;
 
-use super::boot;
 use super::bus::Bus;
 use super::console::{Console, Log};
 use super::devices::serial::{IrqLine, SerialPort};
@@ -26,7 +25,7 @@ use super::lifecycle::{Lifecycle, Phase};
 use super::power_on::PowerOn;
 use super::vcpu::Vcpu;
 use super::virtio::Slots;
-use super::{memory, snapshot, state};
+use super::{boot, cpu, memory, snapshot, state};
 use crate::pages::PageSet;
 use crate::sys::mapping::populate_region;
 use crate::sys::vm::{self, Vm};
@@ -42,6 +41,7 @@ const STAND_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Machine {
     config: proto::VmConfig,
+    cpu: snapshot::Cpu,
     snapshots: snapshot::Host,
     vm: Arc<Vm>,
     vcpus: Vec<Arc<Vcpu>>,
@@ -69,6 +69,10 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let kvm = vm::from_fd(kvm);
         parts::check_host(&kvm, config.cpus)?;
+        let cpu = snapshot::Cpu {
+            host: cpu::HostCpu::of(&kvm)?,
+            model: config.cpu.as_ref().map(cpu::Model::from_wire).transpose()?,
+        };
         let memory = Arc::new(memory::map(memory, config.memory_bytes)?);
         let fd = parts::create_vm(&kvm)?;
         let snapshots = snapshot::Host::probe(&kvm, &fd).map_err(|e| MachineError::State {
@@ -86,13 +90,25 @@ impl Machine {
         let bus = Arc::new(Bus::new(serial, platform, Arc::clone(&virtio)));
         let mut vcpus = Vec::new();
         for index in 0..config.cpus {
-            vcpus.push(Arc::new(parts::create_vcpu(&kvm, &vm, index, config.cpus)?));
+            vcpus.push(Arc::new(parts::create_vcpu(&vm, &cpu, index, config.cpus)?));
         }
         let lifecycle = Arc::new(Lifecycle::new(ended));
         parts::start_threads(&vcpus, &bus, &virtio, &lifecycle, &console, log)?;
         let power_on = PowerOn::save(&vm, &vcpus, &snapshots)?;
         let dirty = DirtyLog::new(Arc::clone(&vm), virtio.logs().to_vec());
-        Ok(Self { config, snapshots, vm, vcpus, bus, virtio, console, lifecycle, dirty, power_on })
+        Ok(Self {
+            config,
+            cpu,
+            snapshots,
+            vm,
+            vcpus,
+            bus,
+            virtio,
+            console,
+            lifecycle,
+            dirty,
+            power_on,
+        })
     }
 
     /// What it was made of.
@@ -140,6 +156,11 @@ impl Machine {
     /// Its devices.
     pub(super) fn bus(&self) -> &Bus {
         &self.bus
+    }
+
+    /// What its vCPUs may be, and what this host's are.
+    pub(super) fn cpu(&self) -> &snapshot::Cpu {
+        &self.cpu
     }
 
     /// What this host can save and restore.

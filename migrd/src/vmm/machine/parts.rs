@@ -18,7 +18,7 @@ use crate::vmm::devices::power_button::{self, PowerButton};
 use crate::vmm::lifecycle::Lifecycle;
 use crate::vmm::vcpu::Vcpu;
 use crate::vmm::virtio::Slots;
-use crate::vmm::{cpuid, sandbox};
+use crate::vmm::{cpu, sandbox, snapshot};
 
 /// Three pages that KVM wants for itself on some processors, below the
 /// firmware's place and above all memory (KVM API, 4.35).
@@ -79,10 +79,19 @@ pub(super) fn create_platform(vm: &VmFd) -> Result<Platform, MachineError> {
     Ok(Platform::new(PowerButton::new(line)))
 }
 
-pub(super) fn create_vcpu(kvm: &Kvm, vm: &Vm, index: u32, cpus: u32) -> Result<Vcpu, MachineError> {
+pub(super) fn create_vcpu(
+    vm: &Vm,
+    cpu: &snapshot::Cpu,
+    index: u32,
+    cpus: u32,
+) -> Result<Vcpu, MachineError> {
     let fd = vm.fd().create_vcpu(index.into()).map_err(system("create a vCPU"))?;
-    let cpuid = cpuid::for_vcpu(kvm, index, cpus)?;
+    let cpuid = cpu::for_vcpu(&cpu.host, cpu.model.as_ref(), index, cpus)?;
     fd.set_cpuid2(&cpuid).map_err(system("give the guest its CPU features"))?;
+    cpu.set_rate(&fd).map_err(|e| MachineError::State {
+        what: "give the guest its TSC frequency",
+        source: Box::new(e),
+    })?;
     Vcpu::new(fd, Arc::clone(vm.memory())).map_err(system("map a vCPU's shared page"))
 }
 

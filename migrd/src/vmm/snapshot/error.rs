@@ -1,5 +1,7 @@
 //! Why state can't be saved, believed or restored.
 
+use crate::vmm::cpu::CpuMisfit;
+
 /// What a received state says that no VM can have. Nothing was changed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WireError {
@@ -114,6 +116,9 @@ pub enum SnapshotError {
         /// Its value.
         value: u64,
     },
+    /// CPU features beyond what the guest may have or this host has.
+    #[error(transparent)]
+    Cpu(#[from] CpuMisfit),
     /// This host can't run the guest's TSC at the rate it had.
     #[error(
         "the guest's TSC runs at {wanted} kHz, this host's at {has} kHz, and its KVM can't scale \
@@ -124,9 +129,6 @@ pub enum SnapshotError {
         wanted: u32,
         /// This host's, in kHz.
         has: u32,
-        /// What KVM said.
-        #[source]
-        source: kvm_ioctls::Error,
     },
     /// This KVM does not let the guest's TSC be set, and it is behind.
     #[error(

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
 use crate::sys::kvm_state;
-use crate::vmm::cpuid;
+use crate::vmm::cpu;
 
 struct Machine {
     vm: VmFd,
@@ -15,6 +15,15 @@ struct Machine {
 }
 
 fn machine(cpus: u32) -> Machine {
+    machine_of(cpus, None)
+}
+
+fn this_host() -> cpu::HostCpu {
+    let kvm = Kvm::new().expect("/dev/kvm must exist and be usable: load kvm_intel or kvm_amd");
+    cpu::HostCpu::of(&kvm).unwrap()
+}
+
+fn machine_of(cpus: u32, model: Option<&cpu::Model>) -> Machine {
     let kvm = Kvm::new().expect("/dev/kvm must exist and be usable: load kvm_intel or kvm_amd");
     let vm = kvm.create_vm().unwrap();
     vm.set_tss_address(0xfffb_d000).unwrap();
@@ -23,7 +32,7 @@ fn machine(cpus: u32) -> Machine {
     let vcpus = (0..cpus)
         .map(|index| {
             let vcpu = vm.create_vcpu(index.into()).unwrap();
-            vcpu.set_cpuid2(&cpuid::for_vcpu(&kvm, index, cpus).unwrap()).unwrap();
+            vcpu.set_cpuid2(&cpu::for_vcpu(&this_host(), model, index, cpus).unwrap()).unwrap();
             vcpu
         })
         .collect();
@@ -616,5 +625,70 @@ mod codecs {
                 prop_assert_eq!(read.vcpus.len(), 1);
             }
         }
+    }
+}
+
+#[test]
+fn guest_with_fewer_features_keeps_its_leaves_where_there_are_more() {
+    let host = this_host();
+    let features = host.names().into_iter().filter(|name| !name.starts_with("kvm_pv_"));
+    let order = proto::CpuOrder { name: "rack".into(), features: features.collect() };
+    let model = cpu::Model::ordered(Some(&order), &host).unwrap();
+    let source = machine_of(2, Some(&model));
+    let (devices, vcpus) = save(&source);
+    let destination = machine(2);
+    let (_, fresh) = save(&destination);
+    let allowed = Cpu { host, model: Some(model) };
+    for (vcpu, there) in vcpus.iter().zip(&fresh) {
+        assert_ne!(vcpu.cpuid, there.cpuid);
+        allowed.check(vcpu).unwrap();
+        let error = allowed.check(there).unwrap_err().to_string();
+        assert!(error.contains("beyond the VM's model rack: kvm_pv_"), "{error}");
+    }
+    restore(&destination, &devices, &vcpus);
+    let (_, after) = save(&destination);
+    for (vcpu, there) in vcpus.iter().zip(&after) {
+        assert_eq!(vcpu.cpuid, there.cpuid);
+    }
+}
+
+#[test]
+fn vcpu_with_a_feature_that_no_kvm_gives_is_refused_by_name() {
+    const CONTEXT_ID: u32 = 1 << 10;
+    let (_, mut vcpus) = save(&machine(1));
+    let allowed = Cpu { host: this_host(), model: None };
+    allowed.check(&vcpus[0]).unwrap();
+    for leaf in vcpus[0].cpuid.iter_mut().filter(|leaf| leaf.function == 1) {
+        leaf.ecx |= CONTEXT_ID;
+    }
+    let error = allowed.check(&vcpus[0]).unwrap_err().to_string();
+    assert!(error.contains("vCPU 0 of the guest was given: cid;"), "{error}");
+}
+
+#[test]
+fn tsc_of_a_host_that_was_calibrated_a_little_differently_goes_on() {
+    let source = machine(2);
+    let (devices, mut vcpus) = save(&source);
+    for vcpu in &mut vcpus {
+        vcpu.tsc_khz += vcpu.tsc_khz / 5000;
+    }
+    let destination = machine(2);
+    restore(&destination, &devices, &vcpus);
+    let (_, after) = save(&destination);
+    for (vcpu, there) in vcpus.iter().zip(&after) {
+        assert_eq!(vcpu.tsc_khz, there.tsc_khz, "the guest still has the rate it knows");
+        assert!(vcpu.tsc <= there.tsc);
+    }
+}
+
+#[test]
+fn tsc_of_another_rate_is_refused_where_kvm_cannot_scale() {
+    let machine = machine(1);
+    let vcpu = &machine.vcpus[0];
+    let has = vcpu.get_tsc_khz().unwrap();
+    for wanted in [has + has / 100, has - has / 100, 0, u32::MAX] {
+        let error = time::set_rate(vcpu, wanted, false).unwrap_err();
+        assert!(matches!(error, SnapshotError::TscFrequency { .. }), "{wanted}: {error}");
+        assert_eq!(vcpu.get_tsc_khz().unwrap(), has);
     }
 }

@@ -163,7 +163,7 @@ impl Vcpu {
             xsave: kvm_state::xsave(vcpu, host.xsave).map_err(save_failed("XSAVE area"))?,
             xcrs: xcrs.xcrs[..count].to_vec(),
             debug: vcpu.get_debug_regs().map_err(save_failed("debug registers"))?,
-            msrs: msrs::save(vcpu, &host.msrs)?,
+            msrs: msrs::save(vcpu, &msrs::of(&host.msrs, cpuid.as_slice()))?,
             lapic: lapic.regs.map(i8::cast_unsigned),
             mp_state,
             events: vcpu.get_vcpu_events().map_err(save_failed("events"))?,
@@ -201,7 +201,7 @@ impl Vcpu {
         restore_xsave(vcpu, host, &xsave)?;
         vcpu.set_debug_regs(&debug).map_err(restore_failed("debug registers"))?;
         // Before the MSRs: the paravirtual clock's make KVM compute with it.
-        time.restore_tsc(vcpu, clock)?;
+        time.restore_tsc(vcpu, clock, host.tsc_scaling)?;
         // Its timer starts from the register page.
         let lapic = kvm_lapic_state { regs: lapic.map(u8::cast_signed) };
         vcpu.set_lapic(&lapic).map_err(restore_failed("local APIC"))?;

@@ -21,7 +21,7 @@ use super::arriving::ArrivingVm;
 use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm, own_program};
 use super::disks::{self, Disks, Holder, Purpose};
 use super::running::{Vm, remove};
-use super::{all_streams, chain, failed, streams, told};
+use super::{all_streams, chain, cpu, failed, streams, told};
 use crate::units::{HostId, WorkloadId};
 use crate::workload::{Arriving, Engine, Manifest, Problem, StreamSpec, Workload, WorkloadError};
 
@@ -53,6 +53,8 @@ pub struct NewVm {
     pub cpus: u32,
     /// Disks. Their sizes are looked up by [`VmEngine::measure`].
     pub disks: Vec<proto::DiskConfig>,
+    /// What the guest's CPUs may say of themselves.
+    pub cpu: Option<proto::CpuModel>,
 }
 
 impl NewVm {
@@ -68,7 +70,7 @@ impl NewVm {
             initrd: self.initrd.as_ref().map_or_else(String::new, |p| p.display().to_string()),
             disks: self.disks.clone(),
             nets: Vec::new(),
-            cpu: None,
+            cpu: self.cpu.clone(),
         }
     }
 
@@ -374,6 +376,9 @@ impl Engine for VmEngine {
         match check_offered(manifest) {
             Ok(config) => problems.extend(disks::problems(manifest, config.disks, by).await),
             Err(error) => problems.push(Problem::new("engine", error.to_string(), HOSTS)),
+        }
+        if let Ok(config) = decode(manifest) {
+            problems.extend(cpu::problems(&config).await);
         }
         problems
     }

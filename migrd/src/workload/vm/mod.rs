@@ -11,6 +11,7 @@
 mod arriving;
 pub mod child;
 mod contents;
+pub mod cpu;
 pub mod disks;
 mod engine;
 pub mod link;
