@@ -76,6 +76,7 @@ need_guest_image() {
     command -v modprobe >/dev/null || missing+=(kmod)
     command -v flock >/dev/null || missing+=(util-linux)
     command -v xz >/dev/null || missing+=(xz-utils)
+    command -v zstd >/dev/null || missing+=(zstd)
     [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 }
 

@@ -5,6 +5,7 @@
 #
 # leaves in DIR (guest-linux in cargo's target directory, if it is not given)
 #   vmlinuz      the kernel, as it is in Debian's package
+#   vmlinux      the same, decompressed, which boots faster where code is emulated
 #   initrd       the initramfs: modules, busybox, init, witness
 #   disk.img     a raw disk with an empty ext4 file system, to be copied for each guest
 #   witness      the test program, static, for hosts
@@ -13,9 +14,9 @@
 # missing is installed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-# shellcheck source=../../integration/setup.sh
+# shellcheck source=integration/setup.sh
 . integration/setup.sh
-# shellcheck source=package.sh
+# shellcheck source=guest-images/linux/package.sh
 . guest-images/linux/package.sh
 source_dir=guest-images/linux
 
@@ -136,14 +137,13 @@ flock 8
 fetch_busybox "$cache/busybox"
 witness=$(build_witness)
 
-fresh "$out/vmlinuz" "$(content "$cache/kernel/vmlinuz")" || {
-    cp "$cache/kernel/vmlinuz" "$out/vmlinuz.new"
-    made "$out/vmlinuz"
-}
-fresh "$out/witness" "$(content "$witness")" || {
-    cp "$witness" "$out/witness.new"
-    made "$out/witness"
-}
+for file in "$cache/kernel/vmlinuz" "$cache/kernel/vmlinux" "$witness"; do
+    copy=$out/$(basename "$file")
+    fresh "$copy" "$(content "$file")" || {
+        cp "$file" "$copy.new"
+        made "$copy"
+    }
+done
 fresh "$out/initrd" "$(cat "$cache/kernel/.package")" "$(content "$cache/busybox/busybox" \
     "$witness" "$source_dir/root" "$source_dir/modules" "$source_dir/build.sh")" || {
     build_initrd "$cache/kernel" "$cache/busybox/busybox" "$witness" "$out/initrd.new"
