@@ -68,6 +68,18 @@ need_build_tools() {
     need_rust
 }
 
+# What guest-images/linux is built with, beside Rust and a C linker.
+need_guest_image() {
+    local missing=()
+    command -v cpio >/dev/null || missing+=(cpio)
+    command -v mke2fs >/dev/null || missing+=(e2fsprogs)
+    command -v modprobe >/dev/null || missing+=(kmod)
+    command -v flock >/dev/null || missing+=(util-linux)
+    command -v xz >/dev/null || missing+=(xz-utils)
+    command -v zstd >/dev/null || missing+=(zstd)
+    [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
+}
+
 need_kvm() {
     [ "$(uname -m)" = x86_64 ] || fail "this needs an x86-64 machine"
     [ -e /dev/kvm ] || fail "/dev/kvm is missing: load kvm_intel or kvm_amd (modprobe), and on a \
