@@ -88,3 +88,17 @@ virtual machine switch nested virtualization on"
         fail "/dev/kvm may not be used by $(id -un): run this as root or join the group kvm"
     fi
 }
+
+# What the hosts of the lab are run with, beside what the guest is built with.
+need_lab() {
+    local missing=()
+    command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
+    # Its interpreter is the first program of a host.
+    if ! [ -x /bin/busybox ] || ldd /bin/busybox >/dev/null 2>&1; then
+        missing+=(busybox-static)
+    fi
+    command -v setpriv >/dev/null || missing+=(util-linux)
+    command -v ip >/dev/null || missing+=(iproute2)
+    [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
+    need_guest_image
+}

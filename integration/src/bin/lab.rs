@@ -12,6 +12,7 @@ use integration::lab::host::Host;
 use integration::lab::layout::{Layout, SHARED};
 use integration::lab::process::Life;
 use integration::lab::qemu::Accelerator;
+use integration::lab::scenario::demo;
 use integration::lab::settings::{HostNumber, Settings};
 use integration::lab::{self, agent, diagnosis, script, switch};
 
@@ -39,6 +40,8 @@ enum Command {
         #[arg(required = true, trailing_var_arg = true)]
         script: Vec<String>,
     },
+    /// Show in a few minutes what migr does, with a table at the end.
+    Demo,
     /// Cut the network cable of a host, or of all.
     Cut { host: Option<HostNumber> },
     /// Mend the network cable of a host, or of all.
@@ -134,6 +137,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Switch { socket } => switch::serve(&socket)?,
         Command::Up(shape) => up(&shape)?,
         Command::Run { shape, script } => return run(&shape, &script),
+        Command::Demo => demo()?,
         Command::Cut { host } => each(host, Host::cut)?,
         Command::Heal { host } => each(host, Host::heal)?,
         Command::Freeze { host } => each(Some(host), Host::freeze)?,
@@ -192,6 +196,22 @@ fn up(shape: &Shape) -> Result<()> {
     }
     println!("shared directory: {} (in hosts: {SHARED})", layout.shared().display());
     Ok(())
+}
+
+fn demo() -> Result<()> {
+    let layout = layout()?;
+    tidy::hold_signals()?;
+    lab::remove_on_signal(&layout, None);
+    let settings = Settings::default();
+    let (hosts, memory, cpus) = (settings.hosts, settings.memory_mib, settings.cpus);
+    let shape = Shape { hosts, memory, cpus, models: Vec::new(), no_migrd: false };
+    let hosts = bring_up(&shape, &layout)?;
+    let shown = demo::show(&hosts);
+    if shown.is_err() {
+        eprintln!("{}", diagnosis::of(&layout));
+    }
+    lab::remove(&layout)?;
+    shown
 }
 
 fn run(shape: &Shape, script: &[String]) -> Result<ExitCode> {

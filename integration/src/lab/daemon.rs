@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::host::Host;
+use super::qemu::Accelerator;
 use super::settings::NETWORK;
 use crate::binaries::Program;
 use crate::migctl::Ran;
@@ -57,7 +58,7 @@ impl Host {
         let logging = [("NO_COLOR", "1"), ("MIGRD_LOG", "info,migrd=debug")];
         let pid = self.spawn(&words, &[&logging[..], environment].concat(), LOG)?;
         self.sh(&format!("echo {pid} > {PID}"))?;
-        wait::until(&format!("migrd at {listen}"), || {
+        wait::patiently(&format!("migrd at {listen}"), || {
             let asked = self.migctl(&["-o", "json", "hosts"])?;
             if asked.status == 0 {
                 return Ok(Some(()));
@@ -81,9 +82,20 @@ impl Host {
     /// # Errors
     /// When it never does.
     pub fn wait_halted(&self) -> Result<()> {
-        wait::until(&format!("migrd in host {} to stand still", self.number()), || {
+        wait::patiently(&format!("migrd in host {} to stand still", self.number()), || {
             let state = self.sh(&format!("sed 's/.*) //; s/ .*//' /proc/$(cat {PID})/stat"))?;
             Ok((state.trim() == "T").then_some(()))
+        })
+    }
+
+    /// Waits until a daemon that was asked to end has.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn wait_migrd_ended(&self) -> Result<()> {
+        wait::patiently(&format!("migrd in host {} to end", self.number()), || {
+            let alive = self.exec(&["sh", "-c", &format!("kill -0 $(cat {PID})")])?.status == 0;
+            Ok((!alive).then_some(()))
         })
     }
 
@@ -137,7 +149,8 @@ impl Host {
     /// When it did not complete.
     pub fn migrate(&self, name: &str, to: &Host, options: &[&str]) -> Result<Value> {
         let to = to.number().migrd().to_string();
-        let report = self.ask(&[&["migrate", name, "--to", &to], options].concat())?;
+        let patience = Accelerator::of_this_machine().patience();
+        let report = self.ask(&[&["migrate", name, "--to", &to], options, patience].concat())?;
         if report["outcome"] != "completed" {
             bail!("the move of {name} from host {} to {to}: {report}", self.number());
         }
@@ -158,7 +171,7 @@ impl Host {
     /// When it never does, with what it printed instead.
     pub fn wait_for_output(&self, name: &str, text: &str) -> Result<String> {
         let mut seen = String::new();
-        let found = wait::until(&format!("{name} to print {text:?}"), || {
+        let found = wait::patiently(&format!("{name} to print {text:?}"), || {
             seen = self.guest_log(name)?;
             Ok(seen.contains(text).then_some(()))
         });

@@ -23,13 +23,13 @@ for module in $($bb cat /modules/always); do
     $bb insmod "/modules/$module" || fail "cannot load $module"
 done
 if $bb grep -qw svm /proc/cpuinfo; then
-    kvm=kvm-amd
+    kvm="kvm-amd"
 elif $bb grep -qw vmx /proc/cpuinfo; then
-    kvm=kvm-intel
+    kvm="kvm-intel"
 else
     fail "this CPU has no virtualization"
 fi
-for module in $($bb cat /modules/$kvm); do
+for module in $($bb cat "/modules/$kvm"); do
     options=
     # As in "lab.kvm_amd=npt=0".
     [ "$module" = kvm-amd.ko ] && options=$(parameter lab.kvm_amd)

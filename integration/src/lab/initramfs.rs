@@ -65,12 +65,12 @@ impl Kernel {
     pub fn find() -> Result<Self> {
         let directory = match std::env::var_os("MIGR_LAB_KERNEL") {
             Some(directory) => PathBuf::from(directory),
-            None => binaries::build_dir()?.join("lab/kernel"),
+            None => binaries::build_dir()?.join("debian/kernel"),
         };
         let kernel = Self { directory };
         ensure!(
             kernel.image().is_file(),
-            "{} is missing: fetch it with `integration/lab/lab.sh prepare`",
+            "{} is missing: fetch it with `integration/lab/lab.sh build`",
             kernel.image().display()
         );
         Ok(kernel)
@@ -93,12 +93,16 @@ impl Kernel {
     }
 }
 
-/// Writes what the hosts of a lab boot.
+/// Writes what the hosts of a lab boot. The kernel is copied: one that is
+/// fetched anew meanwhile would not fit the modules of a host that is powered
+/// on again.
 ///
 /// # Errors
 /// When the kernel or busybox is missing, or those of writing.
 pub fn write(layout: &Layout) -> Result<()> {
-    let modules = Kernel::find()?.modules()?;
+    let kernel = Kernel::find()?;
+    fs::copy(kernel.image(), layout.kernel())?;
+    let modules = kernel.modules()?;
     let dependencies = Dependencies::read(&modules)?;
     let path = layout.initramfs();
     let out = File::create(&path).with_context(|| format!("write {}", path.display()))?;

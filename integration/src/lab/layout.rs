@@ -112,7 +112,13 @@ impl Layout {
         self.root.join("settings.json")
     }
 
-    /// What hosts boot.
+    /// The kernel that hosts boot.
+    #[must_use]
+    pub fn kernel(&self) -> PathBuf {
+        self.root.join("vmlinuz")
+    }
+
+    /// The initramfs that they boot with it.
     #[must_use]
     pub fn initramfs(&self) -> PathBuf {
         self.root.join("initramfs")

@@ -10,20 +10,25 @@
 //! [`layout`] where its files are, [`initramfs`] makes what hosts boot,
 //! [`qemu`] the arguments, [`process`] starts and ends, [`host`] is one host's
 //! life, [`qmp`] and [`channel`] reach into it, where [`agent`] answers.
-//! [`daemon`] runs `migrd` there. [`diagnosis`] is what a failure leaves behind.
+//! [`daemon`] runs `migrd` there, [`guest`] and [`client`] what scenarios are made
+//! of; [`judge`] says how a guest fared. [`diagnosis`] is what a failure leaves behind.
 
 pub mod agent;
 pub mod channel;
+pub mod client;
 pub mod cpio;
 pub mod daemon;
 pub mod diagnosis;
+pub mod guest;
 pub mod host;
 pub mod initramfs;
+pub mod judge;
 pub mod layout;
 pub mod process;
 pub mod protocol;
 pub mod qemu;
 pub mod qmp;
+pub mod scenario;
 pub mod script;
 pub mod settings;
 pub mod still_vm;

@@ -4,7 +4,6 @@ use std::fs;
 
 use anyhow::Result;
 
-use super::initramfs::Kernel;
 use super::layout::{CHANNELS, Layout};
 use super::settings::{HostNumber, Settings};
 use crate::binaries::Program;
@@ -47,6 +46,17 @@ impl Accelerator {
         }
     }
 
+    /// Options of a `migctl migrate` between such hosts. A guest that is emulated
+    /// twice dirties its memory faster than an emulated network carries it away
+    /// within the default of 50 ms.
+    #[must_use]
+    pub fn patience(self) -> &'static [&'static str] {
+        match self {
+            Self::Kvm => &[],
+            Self::Emulation => &["--max-downtime", "5s"],
+        }
+    }
+
     /// What hosts get that ask for nothing else.
     fn cpu(self) -> &'static str {
         match self {
@@ -70,7 +80,7 @@ impl Accelerator {
 /// The command that powers a host on.
 ///
 /// # Errors
-/// When the kernel was not fetched.
+/// When the lab's own program was not built.
 pub fn command(
     layout: &Layout,
     settings: &Settings,
@@ -94,7 +104,7 @@ pub fn command(
     let console = layout.console(number).display().to_string();
     add("-chardev", &format!("file,id=console,path={console},append=on"));
     add("-serial", "chardev:console");
-    add("-kernel", &Kernel::find()?.image().display().to_string());
+    add("-kernel", &layout.kernel().display().to_string());
     add("-initrd", &layout.initramfs().display().to_string());
     add("-append", &kernel_command_line(number, accelerator)?);
     let lent = "security_model=none,multidevs=remap";
