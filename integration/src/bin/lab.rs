@@ -179,7 +179,7 @@ fn bring_up(shape: &Shape, layout: &Layout) -> Result<Vec<Host>> {
         Ok(hosts)
     });
     up.inspect_err(|_| {
-        eprintln!("{}", diagnosis::of(layout));
+        lab::report_failure(layout);
         if let Err(error) = lab::remove(layout) {
             eprintln!("the lab in {} is not gone: {error:#}", layout.root().display());
         }
@@ -208,7 +208,7 @@ fn demo() -> Result<()> {
     let hosts = bring_up(&shape, &layout)?;
     let shown = demo::show(&hosts);
     if shown.is_err() {
-        eprintln!("{}", diagnosis::of(&layout));
+        lab::report_failure(&layout);
     }
     lab::remove(&layout)?;
     shown
@@ -222,7 +222,7 @@ fn run(shape: &Shape, script: &[String]) -> Result<ExitCode> {
     let hosts = bring_up(shape, &layout)?;
     let ended = script::run(&layout, &hosts, script, &group);
     if !matches!(ended, Ok(0)) {
-        eprintln!("{}", diagnosis::of(&layout));
+        lab::report_failure(&layout);
     }
     lab::remove(&layout)?;
     Ok(ExitCode::from(ended?))

@@ -15,7 +15,7 @@ use crate::wait;
 
 /// Only a hang takes this long: between two messages of a program's life there
 /// may be minutes.
-const LIMIT: Duration = Duration::from_secs(15 * 60);
+pub const LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// What a program in a host prints, as it comes: whether to standard error, and
 /// what.
@@ -33,13 +33,14 @@ pub struct Channel {
 impl Channel {
     /// Opens a session over a channel of the host that nobody uses, and waits
     /// until its agent answers. `alive` says what became of the host, should it
-    /// take long.
+    /// take long. No message may be more than `limit` after the one before.
     ///
     /// # Errors
     /// When all channels are in use, or the host is off.
     pub fn open(
         layout: &Layout,
         host: HostNumber,
+        limit: Duration,
         alive: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Self> {
         let (channel, lock) = wait::until("a free channel to the host", || {
@@ -61,7 +62,7 @@ impl Channel {
             alive()?;
             Ok(UnixStream::connect(&socket).ok())
         })?;
-        out.set_read_timeout(Some(LIMIT))?;
+        out.set_read_timeout(Some(limit))?;
         let input = BufReader::new(out.try_clone()?);
         let mut session = Self { out, input, _lock: lock };
         session.greet()?;

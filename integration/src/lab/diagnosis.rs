@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::fs;
+use std::time::Duration;
 
 use super::host::{Condition, Host, tail};
 use super::layout::Layout;
@@ -9,6 +10,8 @@ use super::{attach, daemon};
 use crate::binaries::Program;
 
 const LINES: usize = 60;
+/// How long a host may be silent before it is given up.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Everything about every host that helps to understand a failure: what can't
 /// be found out is said in its place.
@@ -31,9 +34,9 @@ fn of_host(text: &mut String, layout: &Layout, host: &Host) {
     let condition = host.condition();
     let cable = if host.is_cut() { "cut" } else { "whole" };
     section(text, &format!("host {number}: {condition:?}, cable {cable}"), "");
-    let file = |path| tail(&fs::read_to_string(path).unwrap_or_default(), LINES);
-    section(text, &format!("host {number}, QEMU"), &file(layout.qemu_log(number)));
-    section(text, &format!("host {number}, console"), &file(layout.console(number)));
+    section(text, &format!("host {number}, QEMU"), &host.qemu_said());
+    let console = fs::read_to_string(layout.console(number)).unwrap_or_default();
+    section(text, &format!("host {number}, console"), &tail(&console, LINES));
     // A host that is off or frozen can't be asked.
     if !matches!(condition, Ok(Condition::On)) {
         return;
@@ -52,9 +55,14 @@ fn of_host(text: &mut String, layout: &Layout, host: &Host) {
         ("guests", guest_logs(&migctl)),
     ];
     for (what, script) in questions {
-        let said = host.exec(&["sh", "-c", &format!("({script}) 2>&1")]);
-        let said = said.map_or_else(|error| format!("{error:#}"), |ran| ran.stdout);
+        let said = host.ask_shell(&format!("({script}) 2>&1"), LIMIT);
+        let silent = said.is_err();
+        let said = said.unwrap_or_else(|error| format!("{error:#}"));
         section(text, &format!("host {number}, {what}"), &said);
+        if silent {
+            // It will not answer the next question either.
+            return;
+        }
     }
 }
 

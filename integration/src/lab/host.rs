@@ -3,11 +3,12 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::channel::Channel;
+use super::channel::{Channel, LIMIT};
 use super::layout::Layout;
 use super::process::{self, Life};
 use super::protocol::Order;
@@ -93,7 +94,11 @@ impl Host {
     }
 
     fn channel(&self) -> Result<Channel> {
-        Channel::open(&self.layout, self.number, &mut || self.expect_on())
+        self.channel_within(LIMIT)
+    }
+
+    fn channel_within(&self, limit: Duration) -> Result<Channel> {
+        Channel::open(&self.layout, self.number, limit, &mut || self.expect_on())
             .with_context(|| format!("reach host {}", self.number))
     }
 
@@ -103,9 +108,17 @@ impl Host {
             "host {} is off; its console ends with\n{}\n{}",
             self.number,
             tail(&fs::read_to_string(self.layout.console(self.number)).unwrap_or_default(), 20),
-            tail(&fs::read_to_string(self.layout.qemu_log(self.number)).unwrap_or_default(), 20),
+            self.qemu_said(),
         );
         Ok(())
+    }
+
+    /// The end of what its QEMU complained of, without what the emulation always
+    /// lacks.
+    pub(super) fn qemu_said(&self) -> String {
+        let log = fs::read_to_string(self.layout.qemu_log(self.number)).unwrap_or_default();
+        let lines = log.lines().filter(|line| !line.contains("TCG doesn't support requested"));
+        tail(&lines.collect::<Vec<_>>().join("\n"), 20)
     }
 
     /// How it is.
@@ -210,6 +223,18 @@ impl Host {
             stdout: String::from_utf8_lossy(&stdout).into_owned(),
             stderr: String::from_utf8_lossy(&stderr).into_owned(),
         })
+    }
+
+    /// Runs a shell script in a host of which nothing is known; what it printed,
+    /// or why nothing is heard of it.
+    pub(super) fn ask_shell(&self, script: &str, limit: Duration) -> Result<String> {
+        let mut said = Vec::new();
+        let words = ["sh", "-c", script];
+        self.channel_within(limit)?.run(order(&words, &[]), None, &mut |_, data| {
+            said.extend_from_slice(data);
+            Ok(())
+        })?;
+        Ok(String::from_utf8_lossy(&said).into_owned())
     }
 
     /// Runs a program in it to its end, with its output as it comes; its exit

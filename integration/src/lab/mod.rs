@@ -120,7 +120,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         if !self.done.load(Ordering::Relaxed) {
-            eprintln!("{}", diagnosis::of(&self.layout));
+            report_failure(&self.layout);
         }
         if let Err(error) = tear_down(&self.layout) {
             eprintln!("the lab in {} is not gone: {error:#}", self.layout.root().display());
@@ -175,9 +175,10 @@ pub fn remove(layout: &Layout) -> Result<()> {
 /// [`crate::tidy::hold_signals`] before any thread is started.
 pub fn remove_on_signal(layout: &Layout, script: Option<script::Group>) {
     let layout = layout.clone();
-    tidy::on_signal(move |signal| {
+    tidy::on_signal(move |_| {
+        ENDING.store(true, Ordering::Relaxed);
         if let Some(script) = &script {
-            script.signal(signal);
+            script.terminate();
         }
         process::start_no_more();
         if layout.is_lab()
@@ -185,7 +186,22 @@ pub fn remove_on_signal(layout: &Layout, script: Option<script::Group>) {
         {
             eprintln!("the lab in {} is not gone: {error:#}", layout.root().display());
         }
+        if let Some(script) = &script {
+            script.kill();
+        }
     });
+}
+
+/// Whether a signal has begun to end this program.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Says what the hosts have to say about a failure; unless it is that a signal
+/// takes the lab down, whose end is awaited then.
+pub fn report_failure(layout: &Layout) {
+    while ENDING.load(Ordering::Relaxed) {
+        std::thread::park();
+    }
+    eprintln!("{}", diagnosis::of(layout));
 }
 
 /// The hosts of a lab that another process has brought up.

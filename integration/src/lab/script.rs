@@ -21,8 +21,17 @@ impl Group {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = group;
     }
 
-    /// Passes a signal on to them.
-    pub fn signal(&self, signal: Signal) {
+    /// Asks them to end.
+    pub fn terminate(&self) {
+        self.signal(Signal::SIGTERM);
+    }
+
+    /// Ends them.
+    pub fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
+    fn signal(&self, signal: Signal) {
         if let Some(group) = *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
             // They may have ended by themselves.
             let _ = killpg(group, signal);
