@@ -240,6 +240,9 @@ pub struct MigrateArgs {
     /// Compare hashes of all memory at both ends while it is stopped (adds to the downtime).
     #[arg(long)]
     pub verify: bool,
+    /// Send the disks too: for hosts that share no storage.
+    #[arg(long)]
+    pub copy_disks: bool,
     /// Only say what would happen and what stands in the way; touches nothing.
     #[arg(long)]
     pub dry_run: bool,

@@ -338,7 +338,9 @@ pub async fn restore(
     let batches = on_disk.batches;
     let manifest = manifest(on_disk, name);
     let engine = registry.engine(manifest.kind).ok_or(RegistryError::NoEngine(manifest.kind))?;
-    engine.check(&manifest)?;
+    if let Some(problem) = engine.check(&manifest).await.into_iter().next() {
+        return Err(WorkloadError::new(problem.message).into());
+    }
     let claim = registry.claim_new(&manifest)?;
     let mut arriving = engine.prepare(&manifest).await?;
     let loaded = async {

@@ -55,6 +55,7 @@ fn request(args: MigrateArgs) -> MigrateRequest {
         max_downtime_us: args.max_downtime.unwrap_or(0),
         timeout_ms: args.timeout.unwrap_or(0),
         verify: args.verify,
+        copy_disks: args.copy_disks,
     }
 }
 

@@ -13,6 +13,9 @@ pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
         cmdline: args.cmdline,
         memory_bytes: args.memory,
         cpus: args.cpus,
+        disks: Vec::new(),
+        nets: Vec::new(),
+        cpu: None,
         name: args.name,
     };
     let doing = format!("cannot run {}", request.name);

@@ -9,6 +9,7 @@ use crate::failure::Failure;
 pub async fn run(ctx: &Context, args: StopArgs) -> Result<u8, Failure> {
     let doing = format!("cannot stop {}", args.name);
     let client = ctx.connect(&doing).await?;
-    let reply = client.rpc().stop(StopRequest { name: args.name, force: args.force }).await;
+    let reply =
+        client.rpc().stop(StopRequest { name: args.name, force: args.force, timeout_ms: 0 }).await;
     ctx.workload(&client, &doing, reply)
 }

@@ -150,6 +150,9 @@ impl Control for ControlService {
             log_bytes: footprint.log_bytes,
             log_dropped_bytes: footprint.log_dropped_bytes,
             last_migration: last.map(|report| convert::report(&report, status.identity.kind)),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            cpu: None,
         }))
     }
 

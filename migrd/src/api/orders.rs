@@ -54,8 +54,8 @@ pub(super) fn migration(
         us => Duration::from_micros(us.into()),
     };
     let timeout = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms));
-    let verify = request.verify;
-    Ok((peer, source::Request { mode, max_downtime, timeout, verify }))
+    let (verify, copy_disks) = (request.verify, request.copy_disks);
+    Ok((peer, source::Request { mode, max_downtime, timeout, verify, copy_disks }))
 }
 
 /// A path that means the same for the daemon as for the user.

@@ -243,6 +243,12 @@ impl Control {
             Request::ConsoleInput(bytes) => machine.input(&bytes)?,
             Request::Stats(proto::ChildStats {}) => return Ok(Reply::Stats(machine.stats())),
             Request::Quit(proto::ChildQuit {}) => {}
+            Request::Attach(_)
+            | Request::Detach(_)
+            | Request::Drain(_)
+            | Request::Undrain(_)
+            | Request::PowerButton(_)
+            | Request::Reboot(_) => return Err(MachineError::NoDevices),
         }
         Ok(Reply::Done(proto::ChildDone {}))
     }

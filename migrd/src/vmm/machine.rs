@@ -80,6 +80,9 @@ pub enum MachineError {
     /// Asked to boot without one.
     #[error("cannot boot: no kernel was given to this VMM, or it was used already")]
     NoKernel,
+    /// Asked of devices that it has not.
+    #[error("this VM has no such devices")]
+    NoDevices,
     /// The dirty log.
     #[error(transparent)]
     Dirty(#[from] DirtyError),

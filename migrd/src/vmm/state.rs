@@ -45,6 +45,9 @@ impl Machine {
             pending_serial_input: pending.into(),
             // Whether its user paused it is known to the daemon, not here.
             paused: false,
+            virtio: Vec::new(),
+            clock_chip: None,
+            power: None,
         };
         Ok(state.encode_to_vec().into())
     }
@@ -71,6 +74,9 @@ impl Machine {
             i8042,
             pending_serial_input,
             paused: _,
+            virtio: _,
+            clock_chip: _,
+            power: _,
         } = decoded;
         let proto::I8042State {} = i8042.unwrap_or_default();
         self.expect_same(&config.unwrap_or_default(), vcpus.len())?;

@@ -13,6 +13,7 @@ mod batch;
 pub mod codec;
 pub mod file;
 mod gate;
+mod kept;
 pub mod limits;
 mod manifest;
 mod peers;

@@ -11,6 +11,7 @@ use migr_proto::v1::peer_client::PeerClient;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
+use super::kept::Kept;
 use super::send::SendLanes;
 use super::{PROTOCOL, client_settings, deepest, manifest_to_wire};
 use crate::migration::link::{
@@ -27,7 +28,7 @@ const MAX_ANSWER: usize = 1 << 20;
 pub struct Peers {
     here: Arc<str>,
     host: HostId,
-    known: Arc<Mutex<HashMap<String, (Endpoint, Channel)>>>,
+    known: Arc<Mutex<HashMap<String, Kept>>>,
 }
 
 /// An address that can't be one, in words.
@@ -47,13 +48,11 @@ impl Peers {
     /// # Errors
     /// When that is not of the form `ADDR:PORT`.
     pub fn get(&self, address: &str) -> Result<Arc<dyn Peer>, BadAddress> {
-        let (endpoint, channel) = self.channel(address)?;
         Ok(Arc::new(Remote {
             address: address.to_owned(),
             here: self.here.clone(),
             host: self.host,
-            endpoint,
-            channel,
+            kept: self.kept(address)?,
         }))
     }
 
@@ -66,7 +65,7 @@ impl Peers {
         })
     }
 
-    fn channel(&self, address: &str) -> Result<(Endpoint, Channel), BadAddress> {
+    fn kept(&self, address: &str) -> Result<Kept, BadAddress> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = known.get(address) {
             return Ok(found.clone());
@@ -74,8 +73,7 @@ impl Peers {
         check(address)?;
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(|e| BadAddress(e.to_string()))?;
-        let endpoint = client_settings(endpoint);
-        let made = (endpoint.clone(), endpoint.connect_lazy());
+        let made = Kept::new(client_settings(endpoint));
         known.insert(address.to_owned(), made.clone());
         Ok(made)
     }
@@ -91,8 +89,7 @@ impl Peers {
     ) -> Result<proto::IdentifyReply, LinkError> {
         let stranger =
             |e: BadAddress| LinkError::Stranger { peer: address.into(), cause: e.to_string() };
-        let (_, channel) = self.channel(address).map_err(stranger)?;
-        identify(channel, address, host).await
+        identify(&self.kept(address).map_err(stranger)?, address, host).await
     }
 }
 
@@ -114,8 +111,7 @@ struct Remote {
     address: String,
     here: Arc<str>,
     host: HostId,
-    endpoint: Endpoint,
-    channel: Channel,
+    kept: Kept,
 }
 
 /// Whether the transport made the status up, or the peer said it.
@@ -136,14 +132,13 @@ fn link_error(peer: &str, status: &Status) -> LinkError {
 }
 
 async fn identify(
-    channel: Channel,
+    kept: &Kept,
     address: &str,
     host: HostId,
 ) -> Result<proto::IdentifyReply, LinkError> {
     let request = proto::IdentifyRequest { protocol: PROTOCOL, host_id: host.to_string() };
-    let mut client = PeerClient::new(channel).max_decoding_message_size(MAX_ANSWER);
-    let reply = client.identify(request).await.map_err(|e| link_error(address, &e))?;
-    let reply = reply.into_inner();
+    let reply = kept.call(async |channel| client(channel).identify(request).await);
+    let reply = reply.await.map_err(|e| link_error(address, &e))?.into_inner();
     if reply.protocol != PROTOCOL {
         return Err(LinkError::Stranger {
             peer: address.to_owned(),
@@ -156,11 +151,11 @@ async fn identify(
     Ok(reply)
 }
 
-impl Remote {
-    fn client(&self) -> PeerClient<Channel> {
-        PeerClient::new(self.channel.clone()).max_decoding_message_size(MAX_ANSWER)
-    }
+fn client(channel: Channel) -> PeerClient<Channel> {
+    PeerClient::new(channel).max_decoding_message_size(MAX_ANSWER)
+}
 
+impl Remote {
     fn odd(&self, cause: &str) -> LinkError {
         LinkError::Stranger { peer: self.address.clone(), cause: cause.to_owned() }
     }
@@ -178,7 +173,7 @@ impl Peer for Remote {
     }
 
     async fn identify(&self) -> Result<PeerFacts, LinkError> {
-        let reply = identify(self.channel.clone(), &self.address, self.host).await?;
+        let reply = identify(&self.kept, &self.address, self.host).await?;
         let host = reply.host_id.parse().map_err(|_| self.odd("its host id is not a UUID"))?;
         Ok(PeerFacts { host, version: reply.version, memory_free_bytes: reply.memory_free_bytes })
     }
@@ -194,8 +189,8 @@ impl Peer for Remote {
             lanes: offer.lanes,
             dry_run: offer.dry_run,
         };
-        let reply =
-            self.client().offer(request).await.map_err(|e| link_error(&self.address, &e))?;
+        let reply = self.kept.call(async |channel| client(channel).offer(request).await).await;
+        let reply = reply.map_err(|e| link_error(&self.address, &e))?;
         let blocker = |p: proto::OfferProblem| Blocker {
             code: p.code,
             message: p.message,
@@ -213,7 +208,7 @@ impl Peer for Remote {
         lanes: u32,
     ) -> Result<Box<dyn PageLanes>, LinkError> {
         let lanes = usize::try_from(lanes).unwrap_or(1);
-        let open = SendLanes::connect(self.endpoint.clone(), migration, lanes, chunks).await?;
+        let open = SendLanes::connect(self.kept.endpoint(), migration, lanes, chunks).await?;
         Ok(Box::new(open))
     }
 
@@ -229,8 +224,8 @@ impl Peer for Remote {
             state: order.state.clone().into(),
             hashes: order.hashes.iter().map(hash).collect(),
         };
-        let reply = self.client().seal(request).await.map_err(|e| link_error(&self.address, &e))?;
-        let reply = reply.into_inner();
+        let reply = self.kept.call(async |channel| client(channel).seal(request).await).await;
+        let reply = reply.map_err(|e| link_error(&self.address, &e))?.into_inner();
         Ok(SealReport {
             restore: claimed(reply.restore_ms),
             verify: claimed(reply.verify_ms),
@@ -249,7 +244,7 @@ impl Peer for Remote {
             epoch: epoch.0,
             host_id: host.to_string(),
         };
-        let reply = self.client().activate(request).await;
+        let reply = self.kept.call(async |channel| client(channel).activate(request).await).await;
         let reply = reply.map_err(|e| link_error(&self.address, &e))?;
         Ok(claimed(reply.into_inner().resume_ms))
     }
@@ -257,7 +252,7 @@ impl Peer for Remote {
     async fn abandon(&self, migration: MigrationId, reason: &str) -> Result<(), LinkError> {
         let (migration_id, reason) = (migration.to_string(), reason.to_owned());
         let request = proto::AbandonRequest { migration_id, reason };
-        let reply = self.client().abandon(request).await;
+        let reply = self.kept.call(async |channel| client(channel).abandon(request).await).await;
         reply.map(drop).map_err(|e| link_error(&self.address, &e))
     }
 
@@ -276,7 +271,7 @@ impl Peer for Remote {
             from_source,
             host_id: host.to_string(),
         };
-        let reply = self.client().resolve(request).await;
+        let reply = self.kept.call(async |channel| client(channel).resolve(request).await).await;
         let reply = reply.map_err(|e| link_error(&self.address, &e))?.into_inner();
         match reply.standing() {
             proto::Standing::Unspecified => Err(self.odd("it did not say how that stands")),

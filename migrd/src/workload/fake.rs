@@ -51,8 +51,12 @@ pub enum Op {
     Dirty,
     /// `clear`.
     Clear,
+    /// `drain`.
+    Drain,
     /// `freeze`.
     Freeze,
+    /// `let_go`.
+    LetGo,
     /// `save`.
     Save,
     /// `hash`.
@@ -314,6 +318,10 @@ impl Workload for FakeWorkload {
         Arc::new(Silent)
     }
 
+    async fn carry(&mut self, _disks: bool) -> Result<(), WorkloadError> {
+        Ok(())
+    }
+
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
         self.0.check(Op::StartTracking)?;
         let populated = self.0.populated();
@@ -343,6 +351,10 @@ impl Workload for FakeWorkload {
         Ok(())
     }
 
+    async fn drain(&mut self) -> Result<(), WorkloadError> {
+        self.0.check(Op::Drain)
+    }
+
     async fn freeze(&mut self) -> Result<(), WorkloadError> {
         self.0.check(Op::Freeze)?;
         self.0.scribble();
@@ -360,6 +372,10 @@ impl Workload for FakeWorkload {
         Ok(self.0.written.load(Ordering::Relaxed).to_le_bytes().to_vec())
     }
 
+    async fn let_go(&mut self) -> Result<(), WorkloadError> {
+        self.0.check(Op::LetGo)
+    }
+
     async fn thaw(&mut self) -> Result<(), WorkloadError> {
         self.0.lock().frozen = false;
         self.0.count();
@@ -373,6 +389,11 @@ impl Workload for FakeWorkload {
 
     async fn resume(&mut self) -> Result<(), WorkloadError> {
         self.0.run();
+        Ok(())
+    }
+
+    async fn ask_to_end(&mut self) -> Result<(), WorkloadError> {
+        self.0.end("ended when asked to");
         Ok(())
     }
 

@@ -110,6 +110,24 @@ pub struct StreamHash {
     pub hash: [u8; 32],
 }
 
+/// Something that keeps a host from taking a workload, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Stable, for scripts: `destination-disk-missing`.
+    pub code: &'static str,
+    /// What is in the way.
+    pub message: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+impl Problem {
+    /// A problem.
+    pub fn new(code: &'static str, message: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { code, message: message.into(), remedy: remedy.into() }
+    }
+}
+
 /// What a workload is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RunState {
@@ -191,6 +209,13 @@ pub trait Workload: Send + Sync {
     /// Its output and input, usable while a migration holds the workload.
     fn terminal(&self) -> Arc<dyn Terminal>;
 
+    /// Chooses whether its disks travel with it: from then on they are among
+    /// its [`streams`](Self::streams), or no longer.
+    ///
+    /// # Errors
+    /// When a disk can't travel.
+    async fn carry(&mut self, disks: bool) -> Result<(), WorkloadError>;
+
     /// From now on knows which pages differ from what was last cleared. At
     /// first every populated page does.
     async fn start_tracking(&mut self) -> Result<(), WorkloadError>;
@@ -206,6 +231,13 @@ pub trait Workload: Send + Sync {
     /// write after that shows in the next `dirty`.
     async fn clear(&mut self, pages: &PageSet) -> Result<(), WorkloadError>;
 
+    /// Has its devices finish what they have begun, while it runs on: a `freeze`
+    /// soon after does not wait for slow storage. Undone by `thaw`.
+    ///
+    /// # Errors
+    /// When one does not finish; everything goes on then.
+    async fn drain(&mut self) -> Result<(), WorkloadError>;
+
     /// Stops it: when this returns nothing of it runs and nothing writes to
     /// its streams. On an error it runs.
     async fn freeze(&mut self) -> Result<(), WorkloadError>;
@@ -216,7 +248,15 @@ pub trait Workload: Send + Sync {
     /// Everything that is not in its streams, of a frozen workload.
     async fn save(&mut self) -> Result<Vec<u8>, WorkloadError>;
 
-    /// Runs again after `freeze`. A workload that was paused before stays so.
+    /// Of a frozen workload: gives up what only one host may hold, such as its
+    /// disks, with everything written to them durable. Undone by `thaw`.
+    ///
+    /// # Errors
+    /// When that is not certain; it may hold less than before.
+    async fn let_go(&mut self) -> Result<(), WorkloadError>;
+
+    /// Runs again after `freeze`, with what it had let go. A workload that was
+    /// paused before stays so.
     async fn thaw(&mut self) -> Result<(), WorkloadError>;
 
     /// Stands still until `resume`.
@@ -225,7 +265,14 @@ pub trait Workload: Send + Sync {
     /// Runs again after `pause`.
     async fn resume(&mut self) -> Result<(), WorkloadError>;
 
-    /// Ends it. Its output stays readable.
+    /// Asks it to end by its own doing, as a power button does, and does not
+    /// wait for that: its state will say.
+    ///
+    /// # Errors
+    /// When nothing in it listens.
+    async fn ask_to_end(&mut self) -> Result<(), WorkloadError>;
+
+    /// Ends it at once. Its output stays readable.
     async fn stop(&mut self) -> Result<(), WorkloadError>;
 
     /// Drops it and everything this host holds of it.
@@ -289,8 +336,9 @@ pub enum Kind {
 /// Makes workloads of one kind on this host.
 #[async_trait]
 pub trait Engine: Send + Sync {
-    /// Whether what the manifest announces could be run here; nothing is made.
-    fn check(&self, manifest: &Manifest) -> Result<(), WorkloadError>;
+    /// What keeps this host from running what the manifest announces; empty:
+    /// nothing does. Nothing is made.
+    async fn check(&self, manifest: &Manifest) -> Vec<Problem>;
 
     /// Ends what may be left of a workload that nobody holds, and deletes its
     /// files.

@@ -82,10 +82,9 @@ pub(super) async fn accept(
         let what = format!("this host can't run workloads of kind {:?}", manifest.kind);
         vec![blocker("kind", what, "see `migctl hosts` for what this host lacks")]
     })?;
-    let mut blockers = Vec::new();
-    if let Err(error) = engine.check(manifest) {
-        blockers.push(blocker("engine", error.to_string(), "see `migctl hosts` for this host"));
-    }
+    let found = engine.check(manifest).await.into_iter();
+    let mut blockers: Vec<_> =
+        found.map(|p| blocker(p.code, p.message, p.remedy.as_str())).collect();
     let claim = match shared.host.claim(manifest, offer.migration, offer.dry_run) {
         Ok(claim) => claim,
         Err(found) => {

@@ -11,7 +11,7 @@ use super::sealed::{self, Held};
 use super::{ArrivalError, Claim, Remembered, Shared};
 use crate::migration::journal::{Counterpart, Identity};
 use crate::migration::link::{Intake, Peer, SealOrder, SealReport, Standing};
-use crate::units::{Epoch, MigrationId};
+use crate::units::{Epoch, MigrationId, WorkloadId};
 use crate::workload::Arriving;
 
 /// The longest pause between two questions to the source.
@@ -28,6 +28,8 @@ pub(super) enum Command {
     Abandon(String, Reply<()>),
     Resolve(Reply<Standing>),
     Force(bool, Reply<()>),
+    /// Its source starts anew: ask it how this one stands.
+    AskSource(Reply<()>),
 }
 
 /// What is known of an arrival whatever its phase.
@@ -92,6 +94,10 @@ impl Arrival {
         self.facts.from.migration
     }
 
+    pub(super) fn workload(&self) -> WorkloadId {
+        self.facts.identity.id
+    }
+
     /// Serves commands until it runs or is discarded.
     pub(super) async fn run(self, mut inbox: mpsc::Receiver<Command>) {
         let (shared, migration) = (self.facts.shared.clone(), self.migration());
@@ -146,6 +152,11 @@ impl Arrival {
                 }
             },
             Command::Force(run, reply) => self.force(run, reply).await,
+            Command::AskSource(reply) => {
+                let next = self.ask_source().await;
+                let _ = reply.send(Ok(()));
+                next
+            }
         }
     }
 

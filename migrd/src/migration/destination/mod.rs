@@ -108,14 +108,20 @@ struct Shared {
     journal: Journal,
     gate: Arc<dyn LaneGate>,
     patience: Patience,
-    open: Mutex<HashMap<MigrationId, mpsc::Sender<Command>>>,
+    open: Mutex<HashMap<MigrationId, Open>>,
     /// Ends every arrival's task where it stands, as a crash would; what they
     /// hold is dropped without being discarded.
     abort: CancellationToken,
 }
 
+/// The way to an arrival's task.
+struct Open {
+    workload: WorkloadId,
+    commands: mpsc::Sender<Command>,
+}
+
 impl Shared {
-    fn open(&self) -> MutexGuard<'_, HashMap<MigrationId, mpsc::Sender<Command>>> {
+    fn open(&self) -> MutexGuard<'_, HashMap<MigrationId, Open>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -152,6 +158,9 @@ impl Arrivals {
     /// Checks an offer and, unless it is a dry run, makes room for it. An empty
     /// answer is a yes.
     pub async fn offer(&self, offer: Offer, from: Counterpart) -> Vec<Blocker> {
+        if !offer.dry_run {
+            self.end_earlier(offer.manifest.workload, offer.migration).await;
+        }
         let accepted = accepted::accept(&self.shared, offer, from).await;
         match accepted {
             Ok(Some(arrival)) => {
@@ -160,6 +169,21 @@ impl Arrivals {
             }
             Ok(None) => Vec::new(),
             Err(blockers) => blockers,
+        }
+    }
+
+    /// An attempt before this one may have ended without this host hearing of
+    /// it, and its copy would be in the way until it asks by itself.
+    async fn end_earlier(&self, workload: WorkloadId, now: MigrationId) {
+        let earlier: Vec<_> = {
+            let open = self.shared.open();
+            let same =
+                |(id, open): &(&MigrationId, &Open)| open.workload == workload && **id != now;
+            open.iter().filter(same).map(|(id, _)| *id).collect()
+        };
+        for migration in earlier {
+            // What is still there afterwards blocks the offer, and that says so.
+            let _ = self.ask(migration, Command::AskSource).await;
         }
     }
 
@@ -172,7 +196,8 @@ impl Arrivals {
 
     fn start(&self, arrival: Arrival) {
         let (commands, inbox) = mpsc::channel(8);
-        self.shared.open().insert(arrival.migration(), commands);
+        let open = Open { workload: arrival.workload(), commands };
+        self.shared.open().insert(arrival.migration(), open);
         let abort = self.shared.abort.clone();
         tokio::spawn(async move { abort.run_until_cancelled(arrival.run(inbox)).await });
     }
@@ -189,7 +214,7 @@ impl Arrivals {
         migration: MigrationId,
         command: impl FnOnce(oneshot::Sender<Result<T, ArrivalError>>) -> Command,
     ) -> Result<T, ArrivalError> {
-        let commands = self.shared.open().get(&migration).cloned();
+        let commands = self.shared.open().get(&migration).map(|o| o.commands.clone());
         let commands = commands.ok_or(ArrivalError::Unknown(migration))?;
         let (reply, answer) = oneshot::channel();
         let sent = commands.send(command(reply)).await;

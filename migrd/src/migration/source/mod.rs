@@ -43,6 +43,8 @@ pub struct Request {
     pub timeout: Option<Duration>,
     /// Compare hashes of all streams while it stands still.
     pub verify: bool,
+    /// Its disks travel with it.
+    pub copy_disks: bool,
 }
 
 /// What a stop costs besides memory, learned from stops done by this daemon.
@@ -178,7 +180,8 @@ struct Run {
     lanes: Option<Box<dyn PageLanes>>,
     offered: bool,
     tracking: bool,
-    frozen: bool,
+    /// Its devices were drained, or it was frozen.
+    held: bool,
     phase: Phase,
 }
 
@@ -194,7 +197,7 @@ impl Run {
             lanes: None,
             offered: false,
             tracking: false,
-            frozen: false,
+            held: false,
             phase: Phase::Planning,
         }
     }
@@ -227,7 +230,7 @@ impl Run {
         if let Some(lanes) = self.lanes.take() {
             drop(lanes);
         }
-        if self.frozen
+        if self.held
             && let Err(error) = self.workload.thaw().await
         {
             tracing::error!(%error, "the workload could not be set running again");

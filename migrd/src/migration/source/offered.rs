@@ -18,6 +18,9 @@ pub(super) struct Offered(Run);
 impl Offered {
     pub(super) async fn make(mut run: Run) -> Result<Self, Aborted> {
         run.enter(Phase::Planning);
+        let disks = run.context().request.copy_disks;
+        let carried = run.workload.carry(disks).await;
+        let (mut run, ()) = run.or_abort(carried).await?;
         let offer = offer(&run);
         let (id, lanes) = (run.context().id, run.context().lanes);
         let peer = run.context().peer.clone();

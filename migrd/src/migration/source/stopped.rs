@@ -25,11 +25,15 @@ pub(super) struct Sealed(Run);
 
 impl Stopped {
     pub(super) async fn stop(mut run: Run) -> Result<Self, Aborted> {
+        // Slow storage is waited for while the guest still runs.
+        run.held = true;
+        let mut interrupt = run.interrupt();
+        let drained = interrupt.guard(run.workload.drain()).await;
+        let (mut run, ()) = run.or_abort(drained).await?;
         run.enter(Phase::Stopped);
         let started = Instant::now();
         let frozen = run.workload.freeze().await;
         let (mut run, ()) = run.or_abort(frozen).await?;
-        run.frozen = true;
         failpoint::reach(format_args!("source-frozen"));
         run.record.tally.downtime.pause = started.elapsed();
         let order = run.send_rest().await;
@@ -119,11 +123,14 @@ impl Sealed {
     /// Journals that the workload is the peer's. The one irrevocable step: an
     /// answer that does not come proves nothing, so nothing after it aborts.
     pub(super) async fn release(self) -> Result<(Released, Record), Aborted> {
-        let run = self.0;
+        let mut run = self.0;
         if run.context().cancel.is_cancelled() {
             return Err(run.abort(MigrationError::Cancelled).await);
         }
         let started = Instant::now();
+        // Before the journal gives it away: two hosts must never hold its disks.
+        let let_go = run.workload.let_go().await;
+        let (run, ()) = run.or_abort(let_go).await?;
         let (journal, identity) = (run.context().journal.clone(), run.context().identity.clone());
         let event = Event::Released(run.context().counterpart());
         let written = tokio::task::spawn_blocking(move || journal.record(&identity, &event)).await;

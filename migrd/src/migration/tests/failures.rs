@@ -37,6 +37,20 @@ async fn a_migration_that_nothing_disturbs_completes_with_the_same_memory() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_attempt_whose_end_was_not_heard_of_is_not_in_the_way_of_the_next() {
+    let world = World::new();
+    let identity = world.workload(10);
+    world.plan(Call::Seal, 1, Fault::RequestLost);
+    world.plan(Call::Abandon, 1, Fault::RequestLost);
+    let first = world.migrate(&identity, "a", "b", request(Mode::Precopy)).await.expect("a report");
+    assert_eq!(first.outcome, Outcome::Failed);
+    assert!(world.all_happened());
+    let again = world.migrate(&identity, "a", "b", request(Mode::Precopy)).await.expect("a report");
+    assert_eq!(again.outcome, Outcome::Completed, "{:?}", again.failure);
+    world.assert_exactly_one_runs("the second attempt").await;
+}
+
 /// One story: a fault at a call; then the network heals and both daemons run.
 async fn story(call: Call, nth: u32, fault: Fault, mode: Mode) -> bool {
     let world = World::new();
@@ -110,7 +124,17 @@ async fn a_second_fault_while_settling_leaves_exactly_one_running() {
 
 #[tokio::test]
 async fn a_workload_that_fails_at_any_step_of_the_source_keeps_running_there() {
-    for op in [Op::StartTracking, Op::Dirty, Op::Clear, Op::Freeze, Op::Save, Op::Hash] {
+    let ops = [
+        Op::StartTracking,
+        Op::Dirty,
+        Op::Clear,
+        Op::Drain,
+        Op::Freeze,
+        Op::Save,
+        Op::Hash,
+        Op::LetGo,
+    ];
+    for op in ops {
         for mode in [Mode::Precopy, Mode::Stop] {
             let world = World::new();
             let identity = world.workload(10);

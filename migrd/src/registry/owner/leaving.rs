@@ -95,6 +95,7 @@ impl Owner {
         self.hold(Holding::Migrating(active));
         let span = tracing::info_span!("migration", %id, role = "source", workload = self.name());
         let (back, published) = (self.back.0.clone(), self.published.clone());
+        let shared = self.shared.clone();
         let moving = async move {
             let end = moving(question, context, workload).await;
             let report = match &end {
@@ -102,16 +103,17 @@ impl Owner {
             };
             let report = Arc::new(report.clone());
             put(&published.last, Some(report.clone()));
+            // Before the owner can start another: its peer asks about this one.
+            shared.table().under_way.remove(&id);
             // The owner first, so that whoever hears the result finds the
             // workload in the state that the result speaks of.
             let _ = back.send(Back::Migrated(Box::new(end))).await;
             (report, result)
         };
-        let (status, shared) = (self.published.status.subscribe(), self.shared.clone());
+        let status = self.published.status.subscribe();
         self.shared.tasks.spawn(
             async move {
                 let (report, result) = moving.await;
-                shared.table().under_way.remove(&id);
                 announced(status, id).await;
                 result.send_replace(Some(report));
             }

@@ -56,6 +56,9 @@ fn check(state: &proto::VmState) -> Result<(), WireError> {
         i8042,
         pending_serial_input,
         paused: _,
+        virtio: _,
+        clock_chip: _,
+        power: _,
     } = state;
     let missing = |what| WireError::Missing { what };
     let config = config.as_ref().ok_or_else(|| missing("its configuration"))?;

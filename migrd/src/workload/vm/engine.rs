@@ -22,7 +22,7 @@ use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm, own_progr
 use super::running::{Vm, remove};
 use super::{chain, failed, streams, told};
 use crate::units::WorkloadId;
-use crate::workload::{Arriving, Engine, Manifest, Workload, WorkloadError};
+use crate::workload::{Arriving, Engine, Manifest, Problem, Workload, WorkloadError};
 
 /// The most virtual CPUs of a VM.
 pub const MAX_CPUS: u32 = 64;
@@ -63,6 +63,9 @@ impl NewVm {
             cmdline: self.cmdline.clone(),
             kernel: self.kernel.display().to_string(),
             initrd: self.initrd.as_ref().map_or_else(String::new, |p| p.display().to_string()),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            cpu: None,
         }
     }
 
@@ -293,19 +296,15 @@ impl Engine for VmEngine {
         remove(&directory);
     }
 
-    fn check(&self, manifest: &Manifest) -> Result<(), WorkloadError> {
+    async fn check(&self, manifest: &Manifest) -> Vec<Problem> {
+        let mut problems = Vec::new();
         if let Some(problem) = Self::problem() {
-            return Err(WorkloadError::new(problem));
+            problems.push(Problem::new("kvm", problem, HOSTS));
         }
-        let config = decode(manifest)?;
-        check_config(&config)?;
-        let expected =
-            streams(config.memory_bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
-        if manifest.memory_bytes != config.memory_bytes || manifest.streams != expected {
-            let text = "what is offered does not fit the VM's own description";
-            return Err(WorkloadError::new(text));
+        if let Err(error) = check_offered(manifest) {
+            problems.push(Problem::new("engine", error.to_string(), HOSTS));
         }
-        Ok(())
+        problems
     }
 
     async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError> {
@@ -320,6 +319,20 @@ impl Engine for VmEngine {
             }
         }
     }
+}
+
+/// What to do about a host that can't run what is offered.
+const HOSTS: &str = "see `migctl hosts` for this host";
+
+fn check_offered(manifest: &Manifest) -> Result<(), WorkloadError> {
+    let config = decode(manifest)?;
+    check_config(&config)?;
+    let expected = streams(config.memory_bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
+    if manifest.memory_bytes != config.memory_bytes || manifest.streams != expected {
+        let text = "what is offered does not fit the VM's own description";
+        return Err(WorkloadError::new(text));
+    }
+    Ok(())
 }
 
 fn decode(manifest: &Manifest) -> Result<proto::VmConfig, WorkloadError> {

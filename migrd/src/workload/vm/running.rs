@@ -202,6 +202,13 @@ impl Workload for Vm {
         self.terminal.clone()
     }
 
+    async fn carry(&mut self, disks: bool) -> Result<(), WorkloadError> {
+        if disks {
+            return Err(WorkloadError::new("it has no disks to carry"));
+        }
+        Ok(())
+    }
+
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
         let alive = self.alive()?;
         alive.child.dirty_start().await.map_err(told("track its memory"))?;
@@ -251,6 +258,10 @@ impl Workload for Vm {
         alive.child.dirty_clear(&memory).await.map_err(told("clear its dirty pages"))
     }
 
+    async fn drain(&mut self) -> Result<(), WorkloadError> {
+        Ok(())
+    }
+
     async fn freeze(&mut self) -> Result<(), WorkloadError> {
         let paused = self.paused;
         let alive = self.alive()?;
@@ -272,6 +283,10 @@ impl Workload for Vm {
         Ok(saved.map_err(told("save its state"))?.to_vec())
     }
 
+    async fn let_go(&mut self) -> Result<(), WorkloadError> {
+        Ok(())
+    }
+
     async fn thaw(&mut self) -> Result<(), WorkloadError> {
         if self.paused {
             return Ok(());
@@ -291,6 +306,10 @@ impl Workload for Vm {
         self.paused = false;
         self.becomes(&RunState::Running).await;
         Ok(())
+    }
+
+    async fn ask_to_end(&mut self) -> Result<(), WorkloadError> {
+        Err(WorkloadError::new("it has no power button"))
     }
 
     async fn stop(&mut self) -> Result<(), WorkloadError> {

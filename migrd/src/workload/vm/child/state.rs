@@ -31,7 +31,8 @@ pub struct StopReason {
 impl std::fmt::Display for StopReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         use proto::GuestStopKind::{
-            EmulationFailure, InternalError, Reset, Shutdown, TripleFault, Unspecified,
+            DeviceAbused, EmulationFailure, InternalError, Reset, Shutdown, TripleFault,
+            Unspecified,
         };
         f.write_str(match self.kind {
             Unspecified => "the guest ended",
@@ -40,6 +41,7 @@ impl std::fmt::Display for StopReason {
             TripleFault => "the guest crashed with a triple fault",
             EmulationFailure => "KVM could not emulate an instruction of the guest",
             InternalError => "KVM failed to run the guest",
+            DeviceAbused => "a driver of the guest misused a device",
         })?;
         if self.details.is_empty() { Ok(()) } else { write!(f, ": {}", self.details) }
     }
