@@ -54,8 +54,8 @@ pub struct Progress {
     pub server_records: u64,
     /// What the server found wrong on its side.
     pub server_faults: u64,
-    /// The server's wall clock minus this machine's, in µs, when the last tick came: the way's
-    /// delay makes it smaller.
+    /// The server's wall clock minus this machine's, in µs: that of the tick since the last
+    /// report that was delayed least, since delay makes it smaller.
     pub wall_offset_us: i64,
     /// The server's monotonic clock at its last tick, in ns.
     pub server_monotonic_ns: u64,
@@ -135,6 +135,8 @@ struct Ears {
     started: Instant,
     last_frame: Instant,
     last: Option<Frame>,
+    /// The largest wall offset since the last report, in µs.
+    offset_us: Option<i64>,
     progress: Progress,
     failed: Option<ClientError>,
 }
@@ -142,7 +144,7 @@ struct Ears {
 impl Ears {
     fn new(now: Instant) -> Self {
         let progress = Progress::default();
-        Self { started: now, last_frame: now, last: None, progress, failed: None }
+        Self { started: now, last_frame: now, last: None, offset_us: None, progress, failed: None }
     }
 
     /// A frame came at `now`; `asked` have been sent.
@@ -165,8 +167,8 @@ impl Ears {
         match frame.kind {
             Kind::Tick => {
                 self.progress.ticks += 1;
-                self.progress.wall_offset_us =
-                    offset_us(frame.clocks.realtime_ns, wall.realtime_ns);
+                let offset = offset_us(frame.clocks.realtime_ns, wall.realtime_ns);
+                self.offset_us = self.offset_us.max(Some(offset));
                 self.progress.server_monotonic_ns = frame.clocks.monotonic_ns;
             }
             Kind::Ask | Kind::Echo => self.progress.echoed += 1,
@@ -189,7 +191,9 @@ impl Ears {
         }
     }
 
-    fn report(&self, asked: u64, now: Instant) -> Progress {
+    fn report(&mut self, asked: u64, now: Instant) -> Progress {
+        self.progress.wall_offset_us =
+            self.offset_us.take().unwrap_or(self.progress.wall_offset_us);
         let silent_ms = milliseconds(now.saturating_duration_since(self.last_frame));
         let elapsed_ms = milliseconds(now.duration_since(self.started));
         Progress { elapsed_ms, asked, silent_ms, ..self.progress.clone() }

@@ -155,7 +155,7 @@ fn echoes_that_never_come_are_counted_as_missing() {
 #[test]
 fn the_longest_silence_is_measured_between_frames() {
     let start = Instant::now();
-    let wall = Clocks { monotonic_ns: 0, realtime_ns: 2_000_000 };
+    let wall = Clocks { monotonic_ns: 0, realtime_ns: 0 };
     let mut ears = Ears::new(start);
     let after = |ms| start + Duration::from_millis(ms);
     for (sequence, ms) in [(0, 10), (1, 310), (2, 330)] {
@@ -164,5 +164,20 @@ fn the_longest_silence_is_measured_between_frames() {
     let progress = ears.report(0, after(400));
     assert_eq!((progress.longest_silence_ms, progress.longest_silence_at_ms), (300, 310));
     assert_eq!((progress.silent_ms, progress.elapsed_ms), (70, 400));
-    assert_eq!(progress.wall_offset_us, -1999);
+}
+
+#[test]
+fn the_wall_offset_is_that_of_the_least_delayed_tick_since_the_last_report() {
+    let start = Instant::now();
+    let mut ears = Ears::new(start);
+    // The server's wall clock always says 1 ns; so the later it is here, the longer the way was.
+    for (sequence, here_us) in [(0, 2_000), (1, 500), (2, 900)] {
+        let wall = Clocks { monotonic_ns: 0, realtime_ns: here_us * 1000 + 1 };
+        ears.heard(&frame(Kind::Tick, sequence, sequence), 0, start, wall).unwrap();
+    }
+    assert_eq!(ears.report(0, start).wall_offset_us, -500);
+    assert_eq!(ears.report(0, start).wall_offset_us, -500);
+    let wall = Clocks { monotonic_ns: 0, realtime_ns: 3_000_001 };
+    ears.heard(&frame(Kind::Tick, 3, 3), 0, start, wall).unwrap();
+    assert_eq!(ears.report(0, start).wall_offset_us, -3000);
 }
