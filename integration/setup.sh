@@ -68,6 +68,18 @@ need_build_tools() {
     need_rust
 }
 
+# What guest-images/linux is built with, beside Rust and a C linker.
+need_guest_image() {
+    local missing=()
+    command -v cpio >/dev/null || missing+=(cpio)
+    command -v mke2fs >/dev/null || missing+=(e2fsprogs)
+    command -v modprobe >/dev/null || missing+=(kmod)
+    command -v flock >/dev/null || missing+=(util-linux)
+    command -v xz >/dev/null || missing+=(xz-utils)
+    command -v zstd >/dev/null || missing+=(zstd)
+    [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
+}
+
 need_kvm() {
     [ "$(uname -m)" = x86_64 ] || fail "this needs an x86-64 machine"
     [ -e /dev/kvm ] || fail "/dev/kvm is missing: load kvm_intel or kvm_amd (modprobe), and on a \
@@ -75,4 +87,18 @@ virtual machine switch nested virtualization on"
     if [ ! -r /dev/kvm ] || [ ! -w /dev/kvm ]; then
         fail "/dev/kvm may not be used by $(id -un): run this as root or join the group kvm"
     fi
+}
+
+# What the hosts of the lab are run with, beside what the guest is built with.
+need_lab() {
+    local missing=()
+    command -v qemu-system-x86_64 >/dev/null || missing+=(qemu-system-x86)
+    # Its interpreter is the first program of a host.
+    if ! [ -x /bin/busybox ] || ldd /bin/busybox >/dev/null 2>&1; then
+        missing+=(busybox-static)
+    fi
+    command -v setpriv >/dev/null || missing+=(util-linux)
+    command -v ip >/dev/null || missing+=(iproute2)
+    [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
+    need_guest_image
 }

@@ -7,7 +7,8 @@
 #   integration/test.sh --build --release    … for the demo, soak and bench
 #
 # The tests of real virtual machines need /dev/kvm, and root for the mount
-# namespaces in which some daemons are started.
+# namespaces in which some daemons are started. Without /dev/kvm, or with
+# MIGR_TEST_KVM=lab, they run in a host of the lab.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=integration/setup.sh
@@ -38,11 +39,21 @@ check() {
     fi
 }
 
+# Whether the tests of real virtual machines run in the lab.
+kvm_in_lab() {
+    [ "${MIGR_TEST_KVM-}" = lab ] || [ ! -e /dev/kvm ]
+}
+
 # Runs every test; one line "ok|failed BINARY TEST" for each goes to $1.
 run_tests() {
+    local programs filter='all()' name
+    mapfile -t programs < <(kvm_programs)
+    if kvm_in_lab; then
+        for name in "${programs[@]}"; do filter+=" - binary(=$name)"; done
+    fi
     if cargo nextest --version >/dev/null 2>&1; then
         say "== tests, with cargo-nextest"
-        cargo nextest run --locked --workspace --no-fail-fast --color never \
+        cargo nextest run --locked --workspace --no-fail-fast --color never -E "$filter" \
             --status-level all --final-status-level fail 2>&1 | tee "$1.log" || true
         # "PASS [   0.004s] (  1/300) migrd::vmm_child a_test"; a failed test
         # appears again after the summary.
@@ -53,12 +64,41 @@ run_tests() {
              }' "$1.log" >"$1"
     else
         say "== tests, with cargo test (cargo-nextest is not installed)"
-        cargo test --locked --workspace --no-fail-fast --color never 2>&1 | tee "$1.log" || true
-        awk '/^ *Running / { binary = $NF; gsub(/.*\/|-[0-9a-f]+\)$/, "", binary) }
-             /^ *Doc-tests / { binary = "doc" }
-             /^test .* \.\.\. / { print ($NF == "ok" ? "ok" : "failed"), binary, $2 }' \
-            "$1.log" >"$1"
+        local options=(--workspace)
+        if kvm_in_lab; then
+            options+=(--lib --bins --examples --test lab)
+            # The rest of the workspace's test programs, which need no KVM.
+            for name in $(test_programs); do
+                [[ " ${programs[*]} " == *" $name "* ]] || options+=(--test "$name")
+            done
+        fi
+        # One lab at a time: its hosts take the whole machine.
+        RUST_TEST_THREADS=1 cargo test --locked "${options[@]}" --no-fail-fast --color never \
+            2>&1 | tee "$1.log" || true
+        plain_results "$1.log" >"$1"
     fi
+    if kvm_in_lab; then
+        run_kvm_tests_in_lab "${programs[@]}" >"$1.lab.log" || say "the lab has failed"
+        plain_results "$1.lab.log" >>"$1"
+    fi
+}
+
+# "ok|failed BINARY TEST" for each test in what cargo test printed to $1.
+plain_results() {
+    awk '/^ *Running / { binary = $NF; gsub(/.*\/|-[0-9a-f]+\)$/, "", binary) }
+         /^ *Doc-tests / { binary = "doc" }
+         /^test .* \.\.\. / { print ($NF == "ok" ? "ok" : "failed"), binary, $2 }' "$1"
+}
+
+# Runs the test programs of these names, as they are built, in one lab host, and
+# prints what cargo test would.
+run_kvm_tests_in_lab() {
+    local paths
+    say "== tests of real virtual machines, in a host of the lab"
+    paths=$(cargo test --locked --workspace --no-run --message-format json 2>/dev/null |
+        sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p')
+    "$(integration/target-dir.sh)/debug/lab" run --hosts 1 --memory 8192 --no-migrd \
+        integration/lab/kvm-tests.sh "$paths" "$@" | tee /dev/stderr
 }
 
 # Names of the tests that are properties: functions in a proptest! block.
@@ -70,12 +110,21 @@ property_tests() {
         inside && /^ *\}/ && match($0, /[^ ]/) == indent { inside = 0 }' {} +
 }
 
-# Names of the test programs that run virtual machines.
+# Names of all test programs.
+test_programs() {
+    local file
+    for file in */tests/*.rs */tests/*/main.rs; do
+        [ "${file##*/}" != main.rs ] || file=${file%/main.rs}
+        basename "$file" .rs
+    done
+}
+
+# Names of the test programs that run virtual machines on this machine's KVM.
 kvm_programs() {
     local file
     for file in integration/tests/*.rs $(grep -lw KVM migrd/tests/*.rs); do
         basename "$file" .rs
-    done
+    done | grep -vxF lab
 }
 
 # "KIND ok|failed" for each test in $1.
@@ -88,7 +137,8 @@ kinds() {
         {
             program = $2; sub(/.*::/, "", program)
             name = $3; sub(/.*::/, "", name)
-            if (program in real) kind = "real-KVM"
+            if (program == "lab") kind = "lab"
+            else if (program in real) kind = "real-KVM"
             else if (name in property) kind = "property"
             else if ($3 ~ /^migration::tests::/) kind = "state-machine"
             else kind = "unit"
@@ -109,8 +159,9 @@ if [ "${1-}" = --build ]; then
 fi
 
 need_build_tools
-need_kvm
+kvm_in_lab || need_kvm
 [ "$(id -u)" = 0 ] || fail "some tests start daemons in mount namespaces: run this as root"
+need_lab
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
 
@@ -120,9 +171,11 @@ check "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
 check "lints with failpoints" \
     cargo clippy --locked -p migrd --features failpoints -- -D warnings
 if command -v shellcheck >/dev/null; then
-    check "shell scripts" shellcheck -x integration/*.sh integration/bench/*.sh .ci/run
+    check "shell scripts" shellcheck -x integration/*.sh integration/*/*.sh .ci/run
+    check "scripts of busybox" shellcheck -s dash integration/src/lab/init.sh
 fi
 check "build" build
+check "guest of the lab" guest-images/linux/build.sh
 
 passed=$checks_passed
 failed=${#checks_failed[@]}
@@ -134,8 +187,10 @@ esac
 kinds "$results/tests" >"$results/kinds"
 
 say ""
-say "Ran on: $(uname -sr), real KVM ($(nproc) CPUs)"
-for kind in unit property state-machine real-KVM; do
+place="this machine's KVM"
+kvm_in_lab && place="KVM in a host of the lab"
+say "Ran on: $(uname -sr), $place ($(nproc) CPUs)"
+for kind in unit property state-machine real-KVM lab; do
     good=$(count "$results/kinds" "$kind ok")
     bad=$(count "$results/kinds" "$kind failed")
     say "$(printf '%-14s %4d passed, %d failed' "$kind" "$good" "$bad")"

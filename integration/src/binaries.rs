@@ -13,6 +13,8 @@ pub enum Program {
     MigrdFailpoints,
     /// The command line.
     Migctl,
+    /// The lab's own program.
+    Lab,
 }
 
 impl Program {
@@ -21,6 +23,7 @@ impl Program {
             Self::Migrd => "migrd",
             Self::MigrdFailpoints => "migrd-failpoints",
             Self::Migctl => "migctl",
+            Self::Lab => "lab",
         }
     }
 
@@ -39,6 +42,16 @@ impl Program {
         );
         Ok(path)
     }
+}
+
+/// The directory that cargo builds into, with a directory for each profile.
+///
+/// # Errors
+/// When this program is not in one of them.
+pub fn build_dir() -> Result<PathBuf> {
+    let own = std::env::current_exe().context("cannot find the path of this program")?;
+    let above = target_dir(&own).parent().map(Path::to_path_buf);
+    above.with_context(|| format!("{} is not where cargo builds", own.display()))
 }
 
 /// Tests are in `deps`, one below the programs.

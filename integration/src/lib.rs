@@ -5,11 +5,13 @@
 //! them, [`migctl`] asks them, [`scenario`] runs pulse and judges its
 //! heartbeats, [`faulty_link`] spoils the way between two daemons, [`leaks`]
 //! counts what is left behind, [`measure`] and [`soak`] say what moves cost.
+//! [`lab`] does the same on stock Linux hosts of their own.
 
 pub mod binaries;
 pub mod daemon;
 pub mod faulty_link;
 pub mod host_pair;
+pub mod lab;
 pub mod leaks;
 pub mod measure;
 pub mod migctl;

@@ -31,14 +31,22 @@ pub fn end_on_signal(pair: &HostPair) -> Result<()> {
     let daemons = [pair.a.pid()?, pair.b.pid()?];
     let directories = [pair.a.state_dir(), pair.b.state_dir()].map(|d| d.to_path_buf());
     let everything = pair.directory().to_path_buf();
-    std::thread::spawn(move || {
-        let Ok(signal) = deadly().wait() else { return };
-        eprintln!("{signal}: cleaning up");
+    on_signal(move |_| {
         end(&daemons);
         for directory in &directories {
             end(&leaks::vm_processes(directory));
         }
         remove(&everything);
+    });
+    Ok(())
+}
+
+/// From now on such a signal makes `cleanup` happen and then ends this program.
+pub fn on_signal(cleanup: impl FnOnce(Signal) + Send + 'static) {
+    std::thread::spawn(move || {
+        let Ok(signal) = deadly().wait() else { return };
+        eprintln!("{signal}: cleaning up");
+        cleanup(signal);
         // As a shell reports a program that the signal ended.
         std::process::exit(match signal {
             Signal::SIGHUP => 129,
@@ -46,7 +54,6 @@ pub fn end_on_signal(pair: &HostPair) -> Result<()> {
             _ => 143,
         });
     });
-    Ok(())
 }
 
 /// Kills processes that were started here, by their numbers.

@@ -12,15 +12,34 @@ const PAUSE: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// When it has none within [`LIMIT`], or says that it never will.
-pub fn until<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn until<T>(what: &str, probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    wait(what, LIMIT, PAUSE, probe)
+}
+
+/// The same for what is asked of a host in the lab: its CPUs may be emulated,
+/// and each question costs it some of their time.
+///
+/// # Errors
+/// When there is no answer within ten minutes, or the probe says that there will
+/// never be one.
+pub fn patiently<T>(what: &str, probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    wait(what, Duration::from_secs(600), Duration::from_millis(500), probe)
+}
+
+fn wait<T>(
+    what: &str,
+    limit: Duration,
+    pause: Duration,
+    mut probe: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
     let started = Instant::now();
     loop {
         if let Some(answer) = probe()? {
             return Ok(answer);
         }
-        if started.elapsed() > LIMIT {
-            bail!("waited {LIMIT:?} in vain: {what}");
+        if started.elapsed() > limit {
+            bail!("waited {limit:?} in vain: {what}");
         }
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(pause);
     }
 }

@@ -1,8 +1,9 @@
 //! What the daemon is started with, checked.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
+use crate::network::Network;
 use crate::wire::limits;
 
 /// Options of `migrd serve`.
@@ -14,9 +15,13 @@ pub struct ServeArgs {
     /// Directory for the journal and the VMs' sockets and logs; made if missing.
     #[arg(long, value_name = "DIR")]
     pub state_dir: PathBuf,
-    /// Serve without TLS; for a loopback address only.
+    /// Serve without TLS; for a loopback address, or one in a trusted network.
     #[arg(long)]
     pub insecure: bool,
+    /// With --insecure: a network, e.g. 10.99.0.0/24, whose every member may do
+    /// everything here. Nobody from outside of it is served.
+    #[arg(long, value_name = "ADDR/BITS", requires = "insecure")]
+    pub trust_network: Option<Network>,
     /// Connections that carry the pages of one migration (1 to 16).
     #[arg(long, value_name = "N", default_value_t = default_lanes(), value_parser = clap::value_parser!(u32).range(1..=16))]
     pub lanes: u32,
@@ -40,9 +45,15 @@ pub enum ConfigError {
     #[error(
         "--insecure is for loopback addresses only and {0} is not one: anybody who reaches it \
          could read and take every workload; listen on 127.0.0.1 and join hosts by an encrypted \
-         tunnel"
+         tunnel, or name with --trust-network the network that only trusted hosts are in"
     )]
     NotLoopback(SocketAddr),
+    /// The trusted network is another one.
+    #[error(
+        "--listen {0} is not an address in the trusted network {1}: listen on the one that this \
+         host has there"
+    )]
+    NotInNetwork(SocketAddr, Network),
 }
 
 impl ServeArgs {
@@ -54,10 +65,21 @@ impl ServeArgs {
         if !self.insecure {
             return Err(ConfigError::NoSecurity);
         }
-        if !self.listen.ip().is_loopback() {
-            return Err(ConfigError::NotLoopback(self.listen));
+        match self.trust_network {
+            _ if self.listen.ip().is_loopback() => Ok(()),
+            None => Err(ConfigError::NotLoopback(self.listen)),
+            Some(network) if network.contains(self.listen.ip()) => Ok(()),
+            Some(network) => Err(ConfigError::NotInNetwork(self.listen, network)),
         }
-        Ok(())
+    }
+
+    /// Whether somebody at that address is served.
+    #[must_use]
+    pub fn serves(&self, client: IpAddr) -> bool {
+        // From this host, whatever address it listens on.
+        client.to_canonical().is_loopback()
+            || client.to_canonical() == self.listen.ip().to_canonical()
+            || self.trust_network.is_some_and(|network| network.contains(client))
     }
 }
 
@@ -67,7 +89,8 @@ mod tests {
 
     fn args(listen: &str, insecure: bool) -> ServeArgs {
         let listen = listen.parse().expect("an address");
-        ServeArgs { listen, state_dir: "/nowhere".into(), insecure, lanes: 2 }
+        let state_dir = "/nowhere".into();
+        ServeArgs { listen, state_dir, insecure, trust_network: None, lanes: 2 }
     }
 
     #[test]
@@ -79,5 +102,27 @@ mod tests {
         {
             assert!(args(listen, insecure).check().is_err(), "{listen}");
         }
+    }
+
+    #[test]
+    fn a_trusted_network_is_served_and_nobody_else() {
+        let trusting = |listen: &str| {
+            let network = "10.99.0.0/24".parse().expect("a network");
+            ServeArgs { trust_network: Some(network), ..args(listen, true) }
+        };
+        assert!(trusting("10.99.0.1:7070").check().is_ok());
+        assert!(trusting("127.0.0.1:7070").check().is_ok());
+        for listen in ["0.0.0.0:7070", "[::]:7070", "10.99.1.1:7070"] {
+            let refused = trusting(listen).check();
+            assert!(matches!(refused, Err(ConfigError::NotInNetwork(..))), "{listen}");
+        }
+        let unsafe_in_any_case = ServeArgs { insecure: false, ..trusting("10.99.0.1:7070") };
+        assert!(unsafe_in_any_case.check().is_err());
+
+        let serves =
+            |client: &str| trusting("10.99.0.1:7070").serves(client.parse().expect("an address"));
+        assert!(serves("10.99.0.1") && serves("10.99.0.2") && serves("127.0.0.1"));
+        assert!(!serves("10.99.1.2") && !serves("192.0.2.1") && !serves("fe80::1"));
+        assert!(!args("127.0.0.1:1", true).serves("192.0.2.1".parse().expect("an address")));
     }
 }

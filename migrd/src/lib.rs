@@ -7,6 +7,7 @@ pub mod api;
 pub mod checkpoint;
 pub mod config;
 pub mod migration;
+pub mod network;
 pub mod pages;
 pub mod registry;
 pub mod serial_log;

@@ -15,7 +15,8 @@ use std::time::Duration;
 use migr_proto::v1::FILE_DESCRIPTOR_SET;
 use migr_proto::v1::control_server::ControlServer;
 use migr_proto::v1::peer_server::PeerServer;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
@@ -159,7 +160,7 @@ pub async fn serve(
     ready(&here);
     let (drain, drained) = (CancellationToken::new(), CancellationToken::new());
     let draining = drain.clone();
-    let connections = incoming(listener);
+    let connections = incoming(listener).filter(move |connection| served(&args, connection));
     let server = tokio::spawn(async move {
         let served =
             router.serve_with_incoming_shutdown(connections, draining.cancelled_owned()).await;
@@ -175,6 +176,17 @@ pub async fn serve(
         Ok(Ok(served)) => Ok(served?),
         Ok(Err(_)) | Err(_) => Ok(()),
     }
+}
+
+/// Whether that connection may be served. What went wrong with it is the
+/// server's to see.
+fn served(args: &ServeArgs, connection: &io::Result<TcpStream>) -> bool {
+    let Ok(Ok(client)) = connection.as_ref().map(TcpStream::peer_addr) else { return true };
+    let serves = args.serves(client.ip());
+    if !serves {
+        tracing::warn!(%client, "refused a connection from outside of the trusted network");
+    }
+    serves
 }
 
 #[cfg(test)]

@@ -1,0 +1,10 @@
+//! What the lab shows, each a function that fails unless it is so, and prints a
+//! table. `tests/lab.rs` and `lab.sh demo` run them.
+
+pub mod boots;
+pub mod cpus;
+pub mod cut;
+pub mod demo;
+pub mod moves;
+pub mod power;
+pub mod table;
