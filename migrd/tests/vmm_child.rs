@@ -364,7 +364,7 @@ async fn a_guest_that_resets_itself_is_started_anew() {
 async fn what_a_reset_took_from_memory_counts_as_written() {
     let vm = pulse(128 * MIB, 1, "hot=4M static=8M").await;
     counts_again(&vm, 0).await;
-    vm.child.dirty_start().await.unwrap();
+    vm.child.dirty_start(false).await.unwrap();
     let all = vm.child.dirty_read().await.unwrap();
     vm.child.dirty_clear(&all).await.unwrap();
     vm.child.console_input(&b"reset\n"[..]).await.unwrap();
