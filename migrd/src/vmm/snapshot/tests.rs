@@ -299,7 +299,7 @@ fn state_of_another_version_is_refused_by_name() {
     let error = state::decode(&newer.encode_to_vec()).unwrap_err();
     assert_eq!(error, WireError::Version { version: 3, known: 2 });
     // The rest of a newer state need not decode.
-    let mut bytes = vec![0x08, 0x02];
+    let mut bytes = vec![0x08, 0x03];
     bytes.extend_from_slice(&[0x10, 0x01]);
     let error = state::decode(&bytes).unwrap_err();
     assert_eq!(error, WireError::Version { version: 3, known: 2 });

@@ -6,8 +6,9 @@ use migr_proto::v1 as proto;
 use virtio_queue::QueueT;
 
 use super::device::StateError;
-use super::mmio::{DRIVER_OK, EVENT_IDX, FEATURES_OK, Registers, Transport, VERSION_1};
+use super::mmio::{DRIVER_OK, EVENT_IDX, FEATURES_OK, Transport, VERSION_1};
 use super::queue::{Position, Rings, Setup};
+use super::registers::Registers;
 
 /// What was saved, checked against the device it is for.
 #[derive(Debug)]
@@ -85,7 +86,7 @@ impl Transport {
             interrupt_status,
             config_generation,
             ref queues,
-            ref kind,
+            kind,
         } = *state;
         if usize::try_from(slot) != Ok(self.slot()) || device_id != self.kind().id() {
             return refuse(format!("it is of device {device_id} in slot {slot}"));
@@ -129,7 +130,7 @@ impl Transport {
         if status & DRIVER_OK != 0 {
             self.rings(&registers, &at).map_err(|abuse| StateError(abuse.to_string()))?;
         }
-        let Some(kind) = kind.clone() else { return refuse("it does not say of which kind it is") };
+        let Some(kind) = kind else { return refuse("it does not say of which kind it is") };
         let offered = offered_features;
         Ok(Checked { offered, registers, at, interrupt_status, config_generation, kind })
     }
