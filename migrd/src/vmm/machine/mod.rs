@@ -214,8 +214,8 @@ impl Machine {
     /// When nothing is loaded, a device lacks what is behind it, or the guest
     /// has ended.
     pub fn run(&self) -> Result<(), MachineError> {
-        self.virtio.expect_attached()?;
         if self.phase() == Phase::Paused {
+            self.virtio.expect_attached()?;
             for vcpu in &self.vcpus {
                 state::note_pause(&vcpu.fd())?;
             }
