@@ -14,7 +14,7 @@
 //! | `irq`, `space` | what vCPUs touch without waiting for a device |
 //! | `gate` | whether devices may work |
 //! | `thread` | the thread of each device |
-//! | `blk`, `entropy`, `balloon` | the kinds |
+//! | `blk`, `net`, `entropy`, `balloon` | the kinds |
 //! | `slots` | the devices of one VM, and what is done to all of them |
 //! | `snapshot` | what of a device travels |
 //!
@@ -30,6 +30,7 @@ pub mod entropy;
 pub mod gate;
 pub mod irq;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 mod registers;
 pub mod slots;

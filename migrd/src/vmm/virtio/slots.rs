@@ -24,6 +24,7 @@ use super::device::{Device, StateError};
 use super::entropy::Entropy;
 use super::gate::Gate;
 use super::mmio::{LENGTH, Transport};
+use super::net::{Mac, Net};
 use super::thread;
 use crate::sys::vm::Memory;
 use crate::vmm::boot::acpi::MmioDevice;
@@ -138,6 +139,9 @@ impl Slots {
             devices.push(Box::<Balloon>::default());
         }
         let first_net = devices.len();
+        for (index, net) in config.nets.iter().enumerate() {
+            devices.push(Box::new(Net::new(mac(index, net)?)));
+        }
         let nets = first_net..devices.len();
         let first_disk = devices.len();
         for (index, disk) in config.disks.iter().enumerate() {
@@ -368,6 +372,18 @@ impl Slots {
                 .map_err(|source| DeviceError::State { device: self.name(device), source })
         })
     }
+}
+
+/// The address of a network interface.
+fn mac(index: usize, net: &proto::NetConfig) -> Result<Mac, DeviceError> {
+    let mac = Mac::try_from(&net.mac[..]).ok();
+    // One to one interface, not to many (IEEE 802, 8.2.2).
+    let mac = mac.filter(|mac| mac[0] & 1 == 0 && *mac != Mac::default());
+    mac.ok_or_else(|| {
+        let bytes = &net.mac[..];
+        let why = format!("network interface {index} can't have the address {bytes:02x?}");
+        DeviceError::Config(why)
+    })
 }
 
 /// Refuses a configuration that no VM can have.

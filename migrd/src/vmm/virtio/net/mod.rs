@@ -217,8 +217,8 @@ impl Net {
             if read < command.len() {
                 return Err(at(Abuse::Short("a command")));
             }
-            let announced = command.map(u32::from)
-                == [VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK];
+            let announced =
+                command.map(u32::from) == [VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK];
             let known = announced && turn.features & GUEST_ANNOUNCE != 0;
             if known {
                 self.set_asked(false);
@@ -346,6 +346,3 @@ impl Device for Net {
         Ok(())
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -4,6 +4,7 @@ mod abuse;
 mod disk;
 mod memory;
 mod moves;
+mod net;
 mod registers;
 
 use std::sync::Arc;

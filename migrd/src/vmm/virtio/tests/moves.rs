@@ -20,7 +20,7 @@ fn disk(file: &File) -> Box<Disk> {
 }
 
 /// Another VMM's device over the same memory, with what was saved.
-fn moved(rig: &Rig, to: Box<dyn Device>) -> Result<Rig, StateError> {
+pub(super) fn moved(rig: &Rig, to: Box<dyn Device>) -> Result<Rig, StateError> {
     let state = rig.device.save();
     let mut new = Rig::new(to, Arc::clone(&rig.memory));
     let checked = new.device.check(&state)?;
