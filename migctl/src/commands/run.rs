@@ -1,9 +1,9 @@
 //! `run`: creates a VM and starts it.
 
-use migr_proto::v1::{DiskOrder, RunRequest};
+use migr_proto::v1::{DiskOrder, NetOrder, RunRequest};
 
 use super::{Context, absolute};
-use crate::args::{Disk, RunArgs};
+use crate::args::{Disk, Net, RunArgs};
 use crate::failure::Failure;
 
 pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
@@ -14,7 +14,7 @@ pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
         memory_bytes: args.memory,
         cpus: args.cpus,
         disks: args.disks.iter().map(disk).collect::<Result<_, _>>()?,
-        nets: Vec::new(),
+        nets: args.nets.into_iter().map(net).collect(),
         cpu: None,
         name: args.name,
     };
@@ -27,4 +27,9 @@ pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
 fn disk(disk: &Disk) -> Result<DiskOrder, Failure> {
     let Disk { path, read_only } = disk;
     Ok(DiskOrder { path: absolute(path)?, read_only: *read_only })
+}
+
+fn net(net: Net) -> NetOrder {
+    let Net { tap, bridge, mac } = net;
+    NetOrder { tap, bridge, mac: mac.map_or_else(Vec::new, |mac| mac.to_vec()).into() }
 }

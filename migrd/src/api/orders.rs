@@ -12,7 +12,7 @@ use crate::migration::link::Peer;
 use crate::migration::phase::Mode;
 use crate::migration::source;
 use crate::wire::Peers;
-use crate::workload::vm::NewVm;
+use crate::workload::vm::{NewVm, nets};
 
 /// The longest stop that is planned for unless the user says otherwise.
 const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
@@ -83,6 +83,13 @@ fn disk(here: &str, order: &proto::DiskOrder) -> Result<proto::DiskConfig, Statu
     Ok(proto::DiskConfig { path, read_only: *read_only, bytes: 0 })
 }
 
+fn net(order: &proto::NetOrder) -> proto::NetConfig {
+    let proto::NetOrder { tap, bridge, mac } = order.clone();
+    let mut net = proto::NetConfig { tap, bridge, mac };
+    nets::complete(&mut net);
+    net
+}
+
 /// The VM that a user asks for; whether it can be so is not checked yet.
 pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, Status> {
     if request.cmdline.len() > MAX_CMDLINE || request.cmdline.contains('\0') {
@@ -100,6 +107,7 @@ pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, S
         memory_bytes: request.memory_bytes,
         cpus: request.cpus,
         disks: request.disks.iter().map(|order| disk(here, order)).collect::<Result<_, _>>()?,
+        nets: request.nets.iter().map(net).collect(),
     };
     Ok(vm)
 }

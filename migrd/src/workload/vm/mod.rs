@@ -13,6 +13,7 @@ pub mod child;
 pub mod disks;
 mod engine;
 pub mod link;
+pub mod nets;
 mod running;
 mod states;
 mod terminal;
