@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::units::{parse_address, parse_duration, parse_size};
+use crate::units::{parse_address, parse_duration, parse_mac, parse_size};
 
 const AFTER_HELP: &str = "\
 Exit status: 0 done, 1 failed, 2 wrong usage. `migrate` and `watch` have more: see `migctl migrate --help`.
@@ -57,7 +57,7 @@ pub enum Format {
 pub enum Verb {
     /// Create a VM and start it.
     #[command(
-        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'\n  migctl run db --kernel vmlinuz --memory 2G --disk db.img --disk tools.iso,ro"
+        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'\n  migctl run db --kernel vmlinuz --memory 2G --disk db.img --disk tools.iso,ro\n  migctl run web2 --kernel vmlinuz --memory 1G --net bridge=br0 --net tap=tap7,mac=02:00:00:00:00:07"
     )]
     Run(RunArgs),
     /// List the workloads of the host.
@@ -169,10 +169,47 @@ pub struct RunArgs {
     /// read-only. May be given several times.
     #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
     pub disks: Vec<Disk>,
+    /// Network interface: the tap behind it, found by name on every host; or a bridge into which
+    /// a tap is put, and made where it is missing. May be given several times.
+    #[arg(long = "net", value_name = "tap=IF|bridge=BR[,tap=IF][,mac=MAC]", value_parser = parse_net)]
+    pub nets: Vec<Net>,
     /// CPU features that the guest sees, for as long as it lives: host, all that this host has;
     /// baseline, what any host of the last ten years has; or a file that lists features.
     #[arg(long, value_name = "host|baseline|FILE", default_value = "host", value_parser = parse_cpu)]
     pub cpu: Cpu,
+}
+
+/// A network interface of a new VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Net {
+    /// Name of the tap; empty: the daemon chooses one.
+    pub tap: String,
+    /// Name of the bridge, or empty.
+    pub bridge: String,
+    /// Hardware address; `None`: the daemon chooses one.
+    pub mac: Option<[u8; 6]>,
+}
+
+fn parse_net(text: &str) -> Result<Net, String> {
+    let mut net = Net::default();
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("tap", name)) if net.tap.is_empty() && !name.is_empty() => {
+                name.clone_into(&mut net.tap)
+            }
+            Some(("bridge", name)) if net.bridge.is_empty() && !name.is_empty() => {
+                name.clone_into(&mut net.bridge);
+            }
+            Some(("mac", mac)) if net.mac.is_none() => {
+                net.mac = Some(parse_mac(mac).map_err(|error| error.to_string())?);
+            }
+            _ => return Err(format!("{part:?} is not tap=IF, bridge=BR or mac=MAC, each once")),
+        }
+    }
+    if net.tap.is_empty() && net.bridge.is_empty() {
+        return Err("a network interface needs tap=IF or bridge=BR".to_owned());
+    }
+    Ok(net)
 }
 
 /// A disk of a new VM.
@@ -398,6 +435,19 @@ mod tests {
         assert_eq!(parse_escape("^a"), Ok(Escape(Some(1))));
         assert_eq!(parse_escape("none"), Ok(Escape(None)));
         assert!(parse_escape("q").is_err());
+    }
+
+    #[test]
+    fn an_interface_has_a_tap_or_a_bridge_and_may_have_an_address() {
+        let mac = Some([2, 0, 0, 0, 0, 0xab]);
+        let net =
+            |tap: &str, bridge: &str, mac| Net { tap: tap.into(), bridge: bridge.into(), mac };
+        assert_eq!(parse_net("tap=t0"), Ok(net("t0", "", None)));
+        assert_eq!(parse_net("bridge=br0"), Ok(net("", "br0", None)));
+        assert_eq!(parse_net("bridge=br0,tap=t0,mac=02:00:00:00:00:AB"), Ok(net("t0", "br0", mac)));
+        for odd in ["", "t0", "tap=", "mac=02:00:00:00:00:01", "tap=a,tap=b", "tap=a,mac=2"] {
+            assert!(parse_net(odd).is_err(), "{odd:?}");
+        }
     }
 
     #[test]

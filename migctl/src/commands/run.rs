@@ -3,10 +3,10 @@
 use std::io::Read;
 use std::path::Path;
 
-use migr_proto::v1::{CpuOrder, DiskOrder, RunRequest};
+use migr_proto::v1::{CpuOrder, DiskOrder, NetOrder, RunRequest};
 
 use super::{Context, absolute};
-use crate::args::{Cpu, Disk, RunArgs};
+use crate::args::{Cpu, Disk, Net, RunArgs};
 use crate::failure::Failure;
 
 pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
@@ -17,7 +17,7 @@ pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
         memory_bytes: args.memory,
         cpus: args.cpus,
         disks: args.disks.iter().map(disk).collect::<Result<_, _>>()?,
-        nets: Vec::new(),
+        nets: args.nets.into_iter().map(net).collect(),
         cpu: Some(cpu(&args.cpu)?),
         name: args.name,
     };
@@ -30,6 +30,11 @@ pub async fn run(ctx: &Context, args: RunArgs) -> Result<u8, Failure> {
 fn disk(disk: &Disk) -> Result<DiskOrder, Failure> {
     let Disk { path, read_only } = disk;
     Ok(DiskOrder { path: absolute(path)?, read_only: *read_only })
+}
+
+fn net(net: Net) -> NetOrder {
+    let Net { tap, bridge, mac } = net;
+    NetOrder { tap, bridge, mac: mac.map_or_else(Vec::new, |mac| mac.to_vec()).into() }
 }
 
 /// The longest list of CPU features, in bytes.

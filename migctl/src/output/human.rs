@@ -69,6 +69,10 @@ pub fn inspection(inspection: &Inspection) -> String {
         let how = if disk.read_only { " (read-only)" } else { "" };
         ("disk", format!("{}{how}", disk.path))
     }));
+    facts.extend(inspection.nets.iter().map(|net| {
+        let bridge = net.bridge.as_ref().map_or_else(String::new, |b| format!(" in {b}"));
+        ("network", format!("{}{bridge}, {}", net.tap, net.mac))
+    }));
     facts.retain(|(label, value)| *label != "note" || !value.is_empty());
     let mut text = aligned(&facts);
     if let Some(last) = &inspection.last_migration {

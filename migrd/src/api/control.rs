@@ -164,7 +164,7 @@ impl Control for ControlService {
             log_dropped_bytes: footprint.log_dropped_bytes,
             last_migration: last.map(|report| convert::report(&report, status.identity.kind)),
             disks: config.disks.into_iter().map(convert::disk).collect(),
-            nets: Vec::new(),
+            nets: config.nets.into_iter().map(convert::net).collect(),
             cpu,
         }))
     }

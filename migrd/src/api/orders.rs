@@ -12,8 +12,8 @@ use crate::migration::link::Peer;
 use crate::migration::phase::Mode;
 use crate::migration::source;
 use crate::wire::Peers;
-use crate::workload::vm::NewVm;
 use crate::workload::vm::cpu::{self, CpuOrderError};
+use crate::workload::vm::{NewVm, nets};
 
 /// The longest stop that is planned for unless the user says otherwise.
 const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
@@ -84,6 +84,13 @@ fn disk(here: &str, order: &proto::DiskOrder) -> Result<proto::DiskConfig, Statu
     Ok(proto::DiskConfig { path, read_only: *read_only, bytes: 0 })
 }
 
+fn net(order: &proto::NetOrder) -> proto::NetConfig {
+    let proto::NetOrder { tap, bridge, mac } = order.clone();
+    let mut net = proto::NetConfig { tap, bridge, mac };
+    nets::complete(&mut net);
+    net
+}
+
 /// The CPUs that a user asks for, fixed for as long as the VM lives.
 pub(super) async fn cpu_model(
     here: &str,
@@ -113,6 +120,7 @@ pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, S
         memory_bytes: request.memory_bytes,
         cpus: request.cpus,
         disks: request.disks.iter().map(|order| disk(here, order)).collect::<Result<_, _>>()?,
+        nets: request.nets.iter().map(net).collect(),
         cpu: None,
     };
     Ok(vm)

@@ -13,6 +13,7 @@ pub mod kvm_state;
 pub mod mapping;
 pub mod memfd;
 pub mod process;
+pub mod tap;
 pub mod vm;
 pub mod volume;
 

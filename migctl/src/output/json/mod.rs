@@ -6,6 +6,7 @@ mod names;
 use migr_proto::v1;
 use serde::Serialize;
 
+use crate::units::show_mac;
 pub use migration::{Blocker, Migration, MigrationFailure, Outcome, Plan, Progress};
 use names::state;
 pub use names::{kind, mode, phase};
@@ -58,6 +59,21 @@ impl From<v1::DiskOrder> for Disk {
     }
 }
 
+/// A network interface of a workload, in `inspect`.
+#[derive(Debug, Serialize)]
+pub struct Net {
+    pub tap: String,
+    pub bridge: Option<String>,
+    pub mac: String,
+}
+
+impl From<v1::NetOrder> for Net {
+    fn from(from: v1::NetOrder) -> Self {
+        let v1::NetOrder { tap, bridge, mac } = from;
+        Self { tap, bridge: filled(bridge), mac: show_mac(&mac) }
+    }
+}
+
 /// `inspect`.
 #[derive(Debug, Serialize)]
 pub struct Inspection {
@@ -66,6 +82,7 @@ pub struct Inspection {
     pub initrd: Option<String>,
     pub cmdline: String,
     pub disks: Vec<Disk>,
+    pub nets: Vec<Net>,
     pub vmm_pid: Option<u32>,
     pub memory_populated_bytes: u64,
     pub vmm_overhead_bytes: u64,
@@ -90,6 +107,7 @@ impl From<v1::InspectReply> for Inspection {
             initrd: filled(from.initrd),
             cmdline: from.cmdline,
             disks: from.disks.into_iter().map(Into::into).collect(),
+            nets: from.nets.into_iter().map(Into::into).collect(),
             vmm_pid: Some(from.vmm_pid).filter(|pid| *pid != 0),
             memory_populated_bytes: from.memory_populated_bytes,
             vmm_overhead_bytes: from.vmm_overhead_bytes,

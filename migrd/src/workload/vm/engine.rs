@@ -21,7 +21,7 @@ use super::arriving::ArrivingVm;
 use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm, own_program};
 use super::disks::{self, Disks, Holder, Purpose};
 use super::running::{Vm, remove};
-use super::{all_streams, chain, cpu, failed, streams, told};
+use super::{all_streams, chain, cpu, failed, nets, streams, told};
 use crate::units::{HostId, WorkloadId};
 use crate::workload::{Arriving, Engine, Manifest, Problem, StreamSpec, Workload, WorkloadError};
 
@@ -53,6 +53,8 @@ pub struct NewVm {
     pub cpus: u32,
     /// Disks. Their sizes are looked up by [`VmEngine::measure`].
     pub disks: Vec<proto::DiskConfig>,
+    /// Network interfaces.
+    pub nets: Vec<proto::NetConfig>,
     /// What the guest's CPUs may say of themselves.
     pub cpu: Option<proto::CpuModel>,
 }
@@ -69,7 +71,7 @@ impl NewVm {
             kernel: self.kernel.display().to_string(),
             initrd: self.initrd.as_ref().map_or_else(String::new, |p| p.display().to_string()),
             disks: self.disks.clone(),
-            nets: Vec::new(),
+            nets: self.nets.clone(),
             cpu: self.cpu.clone(),
         }
     }
@@ -96,6 +98,7 @@ fn check_config(config: &proto::VmConfig) -> Result<(), WorkloadError> {
         return Err(WorkloadError::new(text));
     }
     disks::check(&config.disks)?;
+    nets::check(&config.nets)?;
     streams(config.memory_bytes).map(drop).map_err(|e| WorkloadError::new(e.to_string()))
 }
 
@@ -180,6 +183,7 @@ impl VmEngine {
             }
         };
         let booted = async {
+            nets::attach(&child).await?;
             vm.take_disks(Purpose::New).await?;
             child.boot().await.map_err(told(&format!("boot {}", new.kernel.display())))
         };
@@ -374,7 +378,10 @@ impl Engine for VmEngine {
         }
         let by = self.holder(manifest.workload, &manifest.name);
         match check_offered(manifest) {
-            Ok(config) => problems.extend(disks::problems(manifest, config.disks, by).await),
+            Ok(config) => {
+                problems.extend(nets::problems(&config.nets));
+                problems.extend(disks::problems(manifest, config.disks, by).await);
+            }
             Err(error) => problems.push(Problem::new("engine", error.to_string(), HOSTS)),
         }
         if let Ok(config) = decode(manifest) {
@@ -388,6 +395,7 @@ impl Engine for VmEngine {
         let child = self.spawn(id, decode(manifest)?, None, None).await?;
         let (directory, holder) = (self.place(id), self.holder(id, &manifest.name));
         let arriving = async {
+            nets::attach(&child).await?;
             let copies = disks::make_copies(manifest, child.config(), &holder, &directory).await?;
             ArrivingVm::new(directory.clone(), child.clone(), holder, copies)
         };

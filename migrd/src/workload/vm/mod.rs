@@ -15,6 +15,7 @@ pub mod cpu;
 pub mod disks;
 mod engine;
 pub mod link;
+pub mod nets;
 mod running;
 mod states;
 mod terminal;
