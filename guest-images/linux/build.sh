@@ -61,7 +61,7 @@ copy_modules() {
     release=$(cat "$kernel/release")
     modules=$root/lib/modules/$release
     mkdir -p "$modules"
-    for group in bus pci disk others; do
+    for group in all pci; do
         without=" $(group "$group" - | tr '\n' ' ')"
         group "$group" + | while read -r name; do
             modprobe -d "$kernel" -S "$release" --show-depends "$name" </dev/null ||
