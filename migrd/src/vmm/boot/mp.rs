@@ -25,24 +25,11 @@ pub(super) fn write_pointer<M: GuestMemoryBackend>(mem: &M) -> Result<(), BootEr
 }
 
 fn pointer() -> [u8; 16] {
-    let mut bytes = [
-        b'_',
-        b'M',
-        b'P',
-        b'_',
-        0,
-        0,
-        0,
-        0,
-        LENGTH,
-        REVISION,
-        0,
-        DEFAULT_CONFIGURATION,
-        0,
-        0,
-        0,
-        0,
-    ];
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(b"_MP_");
+    bytes[8] = LENGTH;
+    bytes[9] = REVISION;
+    bytes[11] = DEFAULT_CONFIGURATION;
     let sum = bytes.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
     bytes[10] = sum.wrapping_neg();
     bytes
