@@ -19,6 +19,7 @@ mod bzimage;
 mod elf;
 mod error;
 pub mod layout;
+mod mp;
 mod pvh;
 mod vcpu;
 mod zero_page;
@@ -96,6 +97,7 @@ pub fn load<M: GuestMemoryBackend>(mem: &M, spec: BootSpec<'_>) -> Result<Entry,
     check_cmdline(cmdline, layout::CMDLINE_MAX)?;
     acpi::check_cpus(cpus)?;
     let rsdp = acpi::write_tables(mem, acpi::Described { cpus, platform, devices })?;
+    mp::write_pointer(mem)?;
     write(mem, layout::CMDLINE, cmdline.as_bytes(), "command line")?;
     let entry = match format(kernel)? {
         Format::Elf => load_elf(mem, kernel, initrd, memory_bytes, rsdp)?,
