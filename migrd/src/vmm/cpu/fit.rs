@@ -16,7 +16,7 @@ const TOLERANCE_PPM: u64 = 250;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CpuMisfit {
     /// More than the VM's model.
-    #[error("the saved vCPU {vcpu} has CPU features beyond the VM's model {model}: {}", .names.join(", "))]
+    #[error("the saved vCPU {vcpu} has CPU features beyond the VM's model {model}: {}", told(.names))]
     BeyondModel {
         /// Its index.
         vcpu: u32,
@@ -29,7 +29,7 @@ pub enum CpuMisfit {
     #[error(
         "this host's CPUs lack features that vCPU {vcpu} of the guest was given: {}; choose \
          another host, and start guests that shall move between these hosts with --cpu baseline",
-        .names.join(", ")
+        told(.names)
     )]
     BeyondHost {
         /// Its index.
@@ -37,6 +37,19 @@ pub enum CpuMisfit {
         /// The features.
         names: Vec<String>,
     },
+}
+
+/// The most features that one message names.
+const TOLD_MAX: usize = 60;
+
+/// Features in a message.
+#[must_use]
+pub fn told(names: &[String]) -> String {
+    let mut text = names.iter().take(TOLD_MAX).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > TOLD_MAX {
+        text.push_str(&format!(" and {} more", names.len() - TOLD_MAX));
+    }
+    text
 }
 
 /// The names of the bits of `words` that are not in what `has` tells.

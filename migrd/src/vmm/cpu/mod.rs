@@ -28,7 +28,7 @@ mod topology;
 use kvm_bindings::CpuId;
 
 pub use features::{Place, Register};
-pub use fit::{CpuMisfit, missing, of_leaves, same_rate, unhidden};
+pub use fit::{CpuMisfit, missing, of_leaves, same_rate, told, unhidden};
 pub(crate) use host::register;
 pub use host::{CpuidError, HostCpu};
 pub use model::{Model, ModelError};

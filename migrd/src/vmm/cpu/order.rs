@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use migr_proto::v1 as proto;
 
 use super::features::{self, LEAF_1_EDX, LEAF_8000_0001_EDX, Place, WORDS, Word};
+use super::fit::told;
 use super::host::WITHHELD;
 use super::model::{Model, NAME_MAX};
 use super::{CpuidError, HostCpu};
@@ -32,7 +33,7 @@ pub enum OrderError {
     /// Names of nothing.
     #[error(
         "the CPU model {model} names what is no CPU feature: {}; `migctl -o json hosts` lists \
-         the names of those this host has", .names.join(", ")
+         the names of those this host has", told(.names)
     )]
     Unknown {
         /// The model.
@@ -43,7 +44,7 @@ pub enum OrderError {
     /// Features that no guest gets.
     #[error(
         "the CPU model {model} names {}, which no guest is given: their state can't move",
-        .names.join(", ")
+        told(.names)
     )]
     Withheld {
         /// The model.
@@ -64,7 +65,7 @@ pub enum OrderError {
     /// Features that this host lacks.
     #[error(
         "this host's CPUs lack features of the CPU model {model}: {}; choose another host, or a \
-         model without them", .names.join(", ")
+         model without them", told(.names)
     )]
     Lacks {
         /// The model.
@@ -75,7 +76,7 @@ pub enum OrderError {
     /// Features beyond the list that KVM does not hide.
     #[error(
         "this host's KVM shows every guest features beyond the CPU model {model}: {}; choose \
-         another host, or add them to a list", .names.join(", ")
+         another host, or add them to a list", told(.names)
     )]
     Unhidden {
         /// The model.

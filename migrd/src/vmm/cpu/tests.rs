@@ -160,6 +160,10 @@ fn lists_that_make_no_sense_are_refused_by_name() {
     let long = "x".repeat(5000);
     let message = refusal("rack", &[long.as_str()], &host);
     assert!(message.len() < 300, "{message}");
+    let strange: Vec<String> = (0..1000).map(|number| format!("x{number}")).collect();
+    let strange: Vec<&str> = strange.iter().map(String::as_str).collect();
+    let message = refusal("rack", &strange, &host);
+    assert!(message.contains("x59 and 940 more;"), "{message}");
     let many = vec!["sse2"; 1025];
     assert!(refusal("rack", &many, &host).contains("1025 features"));
 }

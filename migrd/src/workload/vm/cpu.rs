@@ -91,7 +91,7 @@ fn misfits(model: &Model, host: &HostCpu) -> Vec<Problem> {
         let message = format!(
             "this host's CPUs lack features that the guest was given ({}): {}",
             model.name(),
-            missing.join(", ")
+            cpu::told(&missing)
         );
         let remedy = "choose another host; a guest that is started with `migctl run --cpu \
                       baseline`, or with a list of what all your hosts have, can move between them";
@@ -102,7 +102,7 @@ fn misfits(model: &Model, host: &HostCpu) -> Vec<Problem> {
         let message = format!(
             "this host's KVM shows every guest features beyond what the guest was given ({}): {}",
             model.name(),
-            unhidden.join(", ")
+            cpu::told(&unhidden)
         );
         let remedy = "choose a host whose KVM can hide them";
         problems.push(Problem::new("destination-cpu-features", message, remedy));
