@@ -267,7 +267,7 @@ async fn a_state_is_refused_by_a_child_of_another_shape() {
 async fn the_dirty_log_shows_what_was_written_since_it_was_cleared() {
     let vm = pulse(256 * MIB, 1, "hot=1M static=4M").await;
     assert!(vm.child.dirty_read().await.is_err(), "tracking is off");
-    vm.child.dirty_start().await.unwrap();
+    vm.child.dirty_start(false).await.unwrap();
     let all = vm.child.dirty_read().await.unwrap();
     assert_eq!(all.count(), 256 * MIB / PAGE_SIZE, "at first every page is dirty");
     vm.until(|t| last(t, "pulse pass=") >= Some(2)).await;
@@ -297,7 +297,7 @@ fn hot_pages(text: &str) -> PageRun {
 #[tokio::test]
 async fn what_the_vmm_writes_itself_is_dirty_until_it_is_cleared() {
     let vm = spawn(config(64 * MIB, 1, ""), Some(pulse::ELF)).await;
-    vm.child.dirty_start().await.unwrap();
+    vm.child.dirty_start(false).await.unwrap();
     let all = vm.child.dirty_read().await.unwrap();
     vm.child.dirty_clear(&all).await.unwrap();
     assert!(vm.child.dirty_read().await.unwrap().is_empty());
@@ -563,7 +563,7 @@ fn own_kib(pid: u32) -> u64 {
 async fn a_child_takes_little_beyond_the_guests_memory() {
     let vm = pulse(256 * MIB, 2, "hot=1M static=64M cpus=2").await;
     vm.until(|t| last(t, "pulse pass=") >= Some(3)).await;
-    vm.child.dirty_start().await.unwrap();
+    vm.child.dirty_start(false).await.unwrap();
     vm.child.dirty_read().await.unwrap();
     let own = own_kib(vm.child.pid());
     println!("{own} KiB");

@@ -265,11 +265,8 @@ impl Control {
             Request::Hello(proto::ChildHello {}) => {
                 let config = Some(machine.config().clone());
                 let status = Some(status(&machine.phase()));
-                return Ok(Reply::Hello(proto::ChildHelloReply {
-                    config,
-                    status,
-                    attached: Vec::new(),
-                }));
+                let attached = machine.attached();
+                return Ok(Reply::Hello(proto::ChildHelloReply { config, status, attached }));
             }
             Request::Boot(proto::ChildBoot {}) => {
                 let Images { kernel, mut initrd } = std::mem::take(&mut self.images);
@@ -283,7 +280,9 @@ impl Control {
             Request::Run(proto::ChildRun {}) => machine.run()?,
             Request::Pause(proto::ChildPause {}) => machine.pause()?,
             Request::Save(proto::ChildSave {}) => return Ok(Reply::Saved(machine.save()?)),
-            Request::DirtyStart(proto::ChildDirtyStart {}) => machine.dirty().start()?,
+            Request::DirtyStart(proto::ChildDirtyStart { disks }) => {
+                machine.dirty().start(disks)?
+            }
             Request::DirtyRead(proto::ChildDirtyRead {}) => {
                 return Ok(Reply::Dirty(to_wire(&machine.dirty().read()?)));
             }

@@ -50,6 +50,8 @@ pub struct DirtyLog {
     /// What the VMM wrote and nobody has cleared, a region each; `None` when off.
     own: Option<Vec<PageBitmap>>,
     disks: Vec<Disk>,
+    /// Disks are asked for too.
+    with_disks: bool,
 }
 
 /// A disk, and what of it was written and nobody has cleared.
@@ -64,15 +66,16 @@ impl DirtyLog {
     #[must_use]
     pub fn new(vm: Arc<Vm>, disks: Vec<Arc<DiskLog>>) -> Self {
         let disk = |log| Disk { log, written: PageBitmap::default() };
-        Self { vm, own: None, disks: disks.into_iter().map(disk).collect() }
+        Self { vm, own: None, disks: disks.into_iter().map(disk).collect(), with_disks: false }
     }
 
     /// Switches it on. At first every page is dirty
-    /// (`KVM_DIRTY_LOG_INITIALLY_SET`), and no page is protected.
+    /// (`KVM_DIRTY_LOG_INITIALLY_SET`), and no page is protected. `disks`: also
+    /// for those, whose maps may be large.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn start(&mut self) -> Result<(), DirtyError> {
+    pub fn start(&mut self, disks: bool) -> Result<(), DirtyError> {
         if self.own.is_some() {
             return Ok(());
         }
@@ -83,9 +86,12 @@ impl DirtyLog {
         }
         self.vm.log_dirty(true).map_err(kvm("switch on"))?;
         self.own = Some(own);
-        for disk in &mut self.disks {
-            disk.log.start();
-            disk.written = PageBitmap::all(disk.log.pages());
+        self.with_disks = disks;
+        if disks {
+            for disk in &mut self.disks {
+                disk.log.start();
+                disk.written = PageBitmap::all(disk.log.pages());
+            }
         }
         Ok(())
     }
@@ -119,7 +125,8 @@ impl DirtyLog {
             dirty.union(own);
             set.set(StreamKey(slot), dirty);
         }
-        for (key, disk) in (FIRST_DISK..).zip(&mut self.disks) {
+        let disks = self.disks.iter_mut().filter(|_| self.with_disks);
+        for (key, disk) in (FIRST_DISK..).zip(disks) {
             disk.written.union(&disk.log.take());
             set.set(StreamKey(key), disk.written.clone());
         }

@@ -131,6 +131,7 @@ impl Sealed {
         // Before the journal gives it away: two hosts must never hold its disks.
         let let_go = run.workload.let_go().await;
         let (run, ()) = run.or_abort(let_go).await?;
+        failpoint::reach(format_args!("source-let-go"));
         let (journal, identity) = (run.context().journal.clone(), run.context().identity.clone());
         let event = Event::Released(run.context().counterpart());
         let written = tokio::task::spawn_blocking(move || journal.record(&identity, &event)).await;

@@ -193,8 +193,8 @@ impl Machine {
     /// When nothing is loaded, a device lacks what is behind it, or the guest
     /// has ended.
     pub fn run(&self) -> Result<(), MachineError> {
-        self.virtio.expect_attached()?;
         if self.phase() == Phase::Paused {
+            self.virtio.expect_attached()?;
             for vcpu in &self.vcpus {
                 state::note_pause(&vcpu.fd())?;
             }
@@ -219,6 +219,12 @@ impl Machine {
     ) -> Result<(), MachineError> {
         self.expect_still("attach")?;
         Ok(self.virtio.attach(backings, files)?)
+    }
+
+    /// The devices that have a file behind them.
+    #[must_use]
+    pub fn attached(&self) -> Vec<proto::ChildBacking> {
+        self.virtio.backed()
     }
 
     /// Closes what is behind the disks, of a guest that does not run.

@@ -10,14 +10,11 @@ use virtio_bindings::bindings::virtio_config::{
 };
 use virtio_bindings::bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
-    VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
-    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS,
-    VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
-    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY,
-    VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
-    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
-    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH,
-    VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS,
+    VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM_MAX,
+    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW,
+    VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID,
+    VIRTIO_MMIO_VERSION,
 };
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
@@ -27,7 +24,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::device::{Device, Kind};
 use super::gate::Gate;
 use super::irq::Interrupt;
-use super::queue::{Position, QueueAbuse, Rings, Setup, Turn, rings};
+use super::queue::{Position, QueueAbuse, Rings, Turn, rings};
+use super::registers::{Registers, half};
 use super::space::ConfigSpace;
 use crate::sys::vm::Memory;
 use crate::vmm::lifecycle::{Stop, StopKind};
@@ -52,17 +50,6 @@ const VENDOR: u32 = u32::from_le_bytes(*b"MIGR");
 pub const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 /// Status bit: driver and device agree on the features.
 pub const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
-
-/// What vCPUs read and write; nobody holds it for long.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Registers {
-    pub status: u32,
-    pub device_features_sel: u32,
-    pub driver_features_sel: u32,
-    pub driver_features: u64,
-    pub queue_sel: u32,
-    pub queues: Vec<Setup>,
-}
 
 /// What a device's thread works on; vCPUs wait for it only where they change
 /// what the device does: at the start and the reset of a driver.
@@ -412,64 +399,5 @@ impl Transport {
     pub(super) fn abused(&self, abuse: &QueueAbuse) -> Stop {
         let details = format!("{}, {abuse}", self.name());
         Stop { kind: StopKind::DeviceAbused, details }
-    }
-}
-
-impl Registers {
-    fn of(max_sizes: &[u16]) -> Self {
-        let queues = max_sizes.iter().map(|size| Setup { size: *size, ..Setup::default() });
-        Self { queues: queues.collect(), ..Self::default() }
-    }
-
-    fn selected(&self) -> Option<usize> {
-        usize::try_from(self.queue_sel).ok().filter(|i| *i < self.queues.len())
-    }
-
-    fn write(&mut self, offset: u32, value: u32, max_sizes: &[u16]) {
-        match offset {
-            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_sel = value,
-            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            VIRTIO_MMIO_DRIVER_FEATURES if self.status & FEATURES_OK == 0 => {
-                let sel = self.driver_features_sel;
-                set_half(&mut self.driver_features, sel, value);
-            }
-            VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
-            _ => self.write_queue(offset, value, max_sizes),
-        }
-    }
-
-    /// What a driver may set only before it is ready; later it is ignored.
-    fn write_queue(&mut self, offset: u32, value: u32, max_sizes: &[u16]) {
-        let Some(index) = self.selected().filter(|_| self.status & DRIVER_OK == 0) else { return };
-        let most = max_sizes.get(index).copied().unwrap_or(0);
-        let Some(queue) = self.queues.get_mut(index) else { return };
-        match offset {
-            VIRTIO_MMIO_QUEUE_READY => queue.ready = value & 1 != 0,
-            VIRTIO_MMIO_QUEUE_NUM => {
-                let size = u16::try_from(value).ok();
-                queue.size = size.filter(|n| n.is_power_of_two() && *n <= most).unwrap_or(0);
-            }
-            VIRTIO_MMIO_QUEUE_DESC_LOW => set_half(&mut queue.descriptors, 0, value),
-            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_half(&mut queue.descriptors, 1, value),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_half(&mut queue.available, 0, value),
-            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_half(&mut queue.available, 1, value),
-            VIRTIO_MMIO_QUEUE_USED_LOW => set_half(&mut queue.used, 0, value),
-            VIRTIO_MMIO_QUEUE_USED_HIGH => set_half(&mut queue.used, 1, value),
-            _ => {}
-        }
-    }
-}
-
-/// 32 bits of 64: the low ones for 0, the high ones for 1, nothing beyond.
-fn half(value: u64, which: u32) -> u32 {
-    let shifted = which.checked_mul(32).and_then(|by| value.checked_shr(by)).unwrap_or(0);
-    u32::try_from(shifted & u64::from(u32::MAX)).unwrap_or(0)
-}
-
-fn set_half(value: &mut u64, which: u32, half: u32) {
-    match which {
-        0 => *value = (*value & !u64::from(u32::MAX)) | u64::from(half),
-        1 => *value = (*value & u64::from(u32::MAX)) | (u64::from(half) << 32),
-        _ => {}
     }
 }

@@ -9,7 +9,7 @@
 //! | file | owns |
 //! |---|---|
 //! | `device` | the trait that a kind of device implements |
-//! | `mmio` | the registers as the driver sees them |
+//! | `mmio`, `registers` | the registers as the driver sees them |
 //! | `queue`, `chain` | rings in guest memory, and what is found in them |
 //! | `irq`, `space` | what vCPUs touch without waiting for a device |
 //! | `gate` | whether devices may work |
@@ -32,6 +32,7 @@ pub mod irq;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+mod registers;
 pub mod slots;
 pub mod snapshot;
 pub mod space;

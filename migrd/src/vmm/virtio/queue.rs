@@ -259,12 +259,13 @@ impl Turn<'_> {
     /// # Errors
     /// When the guest has no such memory.
     pub fn free(&self, start: GuestAddress, length: u64) -> Result<(), Abuse> {
-        let first = start.0.next_multiple_of(PAGE_SIZE);
+        let first = start.0.checked_next_multiple_of(PAGE_SIZE);
         let end = start.0.checked_add(length).map(|end| end - end % PAGE_SIZE);
         let outside = || Abuse::Outside {
             address: start.0,
             length: u32::try_from(length).unwrap_or(u32::MAX),
         };
+        let first = first.ok_or_else(outside)?;
         let length = end.ok_or_else(outside)?.saturating_sub(first);
         let bytes = usize::try_from(length).map_err(|_| outside())?;
         if bytes == 0 {

@@ -287,6 +287,19 @@ impl Slots {
         Ok(())
     }
 
+    /// The disks and interfaces that have a file behind them.
+    #[must_use]
+    pub fn backed(&self) -> Vec<proto::ChildBacking> {
+        use proto::child_backing::Device as Named;
+        let has = |slot: usize| {
+            self.all.get(slot).is_some_and(|device| device.with_device(|device| device.attached()))
+        };
+        let disks = (0..).zip(self.disks.clone()).map(|(i, slot)| (Named::Disk(i), slot));
+        let nets = (0..).zip(self.nets.clone()).map(|(i, slot)| (Named::Net(i), slot));
+        let backed = disks.chain(nets).filter(|(_, slot)| has(*slot));
+        backed.map(|(device, _)| proto::ChildBacking { device: Some(device) }).collect()
+    }
+
     /// Closes what is behind the disks, of devices that stand.
     ///
     /// # Errors

@@ -6,8 +6,9 @@ use migr_proto::v1 as proto;
 use virtio_queue::QueueT;
 
 use super::device::StateError;
-use super::mmio::{DRIVER_OK, EVENT_IDX, FEATURES_OK, Registers, Transport, VERSION_1};
+use super::mmio::{DRIVER_OK, EVENT_IDX, FEATURES_OK, Transport, VERSION_1};
 use super::queue::{Position, Rings, Setup};
+use super::registers::Registers;
 
 /// What was saved, checked against the device it is for.
 #[derive(Debug)]

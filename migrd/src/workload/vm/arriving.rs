@@ -9,8 +9,9 @@ use async_trait::async_trait;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::child::{Child, ChildState};
+use super::contents::VmStreams;
 use super::disks::{self, DiskStreams, Disks, Holder, Purpose};
-use super::running::{Vm, VmStreams, remove};
+use super::running::{Vm, remove};
 use super::serial_log::LogStream;
 use super::{LOG_STREAM, all_streams, failed, told};
 use crate::pages::{PageBitmap, PageSet};
@@ -40,28 +41,6 @@ pub(super) struct ArrivingVm {
     /// Made when the state is loaded, which is before the hand-over: what
     /// comes after must be quick and can't fail any more.
     vm: Option<Vm>,
-}
-
-impl ChunkSink for VmStreams {
-    fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream> {
-        if key == LOG_STREAM {
-            self.log.write(key, offset, bytes)
-        } else if let Some(disks) = self.disks_of(key) {
-            disks.write(key, offset, bytes)
-        } else {
-            self.memory.write(key, offset, bytes)
-        }
-    }
-
-    fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {
-        if key == LOG_STREAM {
-            self.log.zero(key, offset, length)
-        } else if let Some(disks) = self.disks_of(key) {
-            disks.zero(key, offset, length)
-        } else {
-            self.memory.zero(key, offset, length)
-        }
-    }
 }
 
 /// Takes what arrives, and remembers which pages have come for the first time.

@@ -19,7 +19,7 @@ use prost::Message;
 
 use super::arriving::ArrivingVm;
 use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm, own_program};
-use super::disks::{self, DiskError, Disks, Holder, Purpose};
+use super::disks::{self, Disks, Holder, Purpose};
 use super::running::{Vm, remove};
 use super::{all_streams, chain, failed, nets, streams, told};
 use crate::units::{HostId, WorkloadId};
@@ -374,10 +374,11 @@ impl Engine for VmEngine {
         if let Some(problem) = Self::problem() {
             problems.push(Problem::new("kvm", problem, HOSTS));
         }
+        let by = self.holder(manifest.workload, &manifest.name);
         match check_offered(manifest) {
             Ok(config) => {
                 problems.extend(nets::problems(&config.nets));
-                problems.extend(self.check_disks(manifest, config.disks).await);
+                problems.extend(disks::problems(manifest, config.disks, by).await);
             }
             Err(error) => problems.push(Problem::new("engine", error.to_string(), HOSTS)),
         }
@@ -390,7 +391,7 @@ impl Engine for VmEngine {
         let (directory, holder) = (self.place(id), self.holder(id, &manifest.name));
         let arriving = async {
             nets::attach(&child).await?;
-            let copies = self.make_copies(manifest, child.config(), &holder).await?;
+            let copies = disks::make_copies(manifest, child.config(), &holder, &directory).await?;
             ArrivingVm::new(directory.clone(), child.clone(), holder, copies)
         };
         match arriving.await {
@@ -408,62 +409,14 @@ impl Engine for VmEngine {
 /// What to do about a host that can't run what is offered.
 const HOSTS: &str = "see `migctl hosts` for this host";
 
-impl VmEngine {
-    /// What keeps the VM from having its disks here: copies of them where the
-    /// offer has their streams, else the images that its source has too.
-    async fn check_disks(
-        &self,
-        manifest: &Manifest,
-        configs: Vec<proto::DiskConfig>,
-    ) -> Vec<Problem> {
-        let holder = self.holder(manifest.workload, &manifest.name);
-        let (copied, used) = (brings_disks(&manifest.streams), used(&manifest.streams));
-        let found = tokio::task::spawn_blocking(move || {
-            if copied {
-                disks::copy_problems(&configs, &used, &holder)
-            } else {
-                disks::shared_problems(&configs, &holder)
-            }
-        });
-        match found.await {
-            Ok(found) => found.iter().map(DiskError::problem).collect(),
-            Err(error) => vec![Problem::new("engine", error.to_string(), HOSTS)],
-        }
-    }
-
-    async fn make_copies(
-        &self,
-        manifest: &Manifest,
-        config: &proto::VmConfig,
-        holder: &Holder,
-    ) -> Result<Option<disks::DiskStreams>, WorkloadError> {
-        if !brings_disks(&manifest.streams) {
-            return Ok(None);
-        }
-        let (configs, holder) = (config.disks.clone(), holder.clone());
-        let directory = self.place(manifest.workload);
-        let made = tokio::task::spawn_blocking(move || {
-            disks::prepare(&configs, &holder, &directory).map_err(WorkloadError::from)
-        });
-        let failed = |e| Err(WorkloadError::caused("making copies of its disks failed", e));
-        made.await.unwrap_or_else(failed).map(Some)
-    }
-}
-
-fn brings_disks(streams: &[StreamSpec]) -> bool {
-    streams.iter().any(|spec| disks::index_of(spec.key).is_some())
-}
-
-/// How many bytes of each disk will come, in the order of the disks.
-fn used(streams: &[StreamSpec]) -> Vec<u64> {
-    let disks = streams.iter().filter(|spec| disks::index_of(spec.key).is_some());
-    disks.map(|spec| spec.used.min(spec.length)).collect()
-}
-
 fn check_offered(manifest: &Manifest) -> Result<proto::VmConfig, WorkloadError> {
     let config = decode(manifest)?;
     check_config(&config)?;
-    let expected = all_streams(&config, brings_disks(&manifest.streams));
+    let brings_disks = disks::are_brought(&manifest.streams);
+    if brings_disks {
+        disks::check_copied(&config.disks)?;
+    }
+    let expected = all_streams(&config, brings_disks);
     let expected = expected.map_err(|e| WorkloadError::new(e.to_string()))?;
     let plain = |spec: &StreamSpec| StreamSpec { used: 0, ..spec.clone() };
     let offered: Vec<_> = manifest.streams.iter().map(plain).collect();

@@ -10,6 +10,7 @@
 
 mod arriving;
 pub mod child;
+mod contents;
 pub mod disks;
 mod engine;
 pub mod link;

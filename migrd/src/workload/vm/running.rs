@@ -8,17 +8,16 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::child::{Child, ChildState};
-use super::disks::{DiskStreams, Disks, Purpose};
+use super::contents::{Nothing, VmStreams};
+use super::disks::{Disks, Purpose};
 use super::serial_log::{Cleared, LogStream, Reader};
 use super::states::Reboots;
 use super::terminal::SerialPort;
 use super::{LOG_STREAM, all_streams, chain, disks, failed, streams, told};
-use crate::pages::{PageBitmap, PageSet};
-use crate::sys::mapping::GuestMapping;
+use crate::pages::PageSet;
 use crate::units::PAGE_SIZE;
 use crate::workload::{
-    ChunkSource, OutOfStream, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload,
-    WorkloadError,
+    ChunkSource, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
 };
 
 /// How long its devices may take to finish what they have begun, before a move
@@ -43,75 +42,11 @@ struct Alive {
     log: Reader,
     /// What of the log was sent; `None` while nothing is tracked.
     sent: Option<Cleared>,
-    /// Pages of read-only disks that were sent: nothing else tells of them.
-    sent_for_good: PageSet,
     disks: Disks,
     /// Its devices were told to stand.
     drained: bool,
     /// Says why it ended if that was an operator's wish.
     stopped: watch::Sender<Option<String>>,
-}
-
-/// Memory, log and, where they travel, disks of a VM, as streams.
-pub(super) struct VmStreams {
-    pub(super) memory: Arc<GuestMapping>,
-    pub(super) log: LogStream,
-    pub(super) disks: Option<DiskStreams>,
-}
-
-impl ChunkSource for VmStreams {
-    fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream> {
-        if key == LOG_STREAM {
-            self.log.read(key, offset, into)
-        } else if let Some(disks) = self.disks_of(key) {
-            disks.read(key, offset, into)
-        } else {
-            self.memory.read(key, offset, into)
-        }
-    }
-
-    fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
-        if key == LOG_STREAM {
-            self.log.is_zero(key, offset, length)
-        } else if let Some(disks) = self.disks_of(key) {
-            disks.is_zero(key, offset, length)
-        } else {
-            self.memory.is_zero(key, offset, length)
-        }
-    }
-
-    fn waits(&self, key: StreamKey) -> bool {
-        self.disks_of(key).is_some_and(|disks| disks.waits(key))
-    }
-}
-
-impl VmStreams {
-    /// The disks, if `key` is one of them.
-    pub(super) fn disks_of(&self, key: StreamKey) -> Option<&DiskStreams> {
-        self.disks.as_ref().filter(|disks| disks.has(key))
-    }
-
-    /// The pages of a stream that hold something.
-    fn populated(&self, key: StreamKey) -> std::io::Result<PageBitmap> {
-        match self.disks_of(key) {
-            Some(disks) => disks.allocated(key),
-            None => self.memory.populated(key),
-        }
-    }
-
-    /// Hashes every stream of `specs`, which takes a while.
-    pub(super) fn hash(&self, specs: &[StreamSpec]) -> Result<Vec<StreamHash>, WorkloadError> {
-        let hash_one = |spec: &StreamSpec| {
-            let hash = match self.disks_of(spec.key) {
-                _ if spec.key == LOG_STREAM => self.log.hash(),
-                Some(disks) => disks.hash(spec.key),
-                None => self.memory.hash(spec.key),
-            };
-            let hash = hash.map_err(failed("hash its memory and disks"))?;
-            Ok(StreamHash { key: spec.key, hash })
-        };
-        specs.iter().map(hash_one).collect()
-    }
 }
 
 impl Vm {
@@ -136,9 +71,8 @@ impl Vm {
         let (stopped, wish) = watch::channel(None);
         let reboots = Reboots::follow(&child, wish);
         let state = reboots.state();
-        let (sent, sent_for_good, drained) = (None, PageSet::default(), false);
-        let alive =
-            Alive { child, reboots, chunks, log, sent, sent_for_good, disks, drained, stopped };
+        let (sent, drained) = (None, false);
+        let alive = Alive { child, reboots, chunks, log, sent, disks, drained, stopped };
         Ok(Self { directory, streams, terminal, state, paused, alive: Some(alive) })
     }
 
@@ -229,18 +163,6 @@ impl Alive {
         let found = tokio::task::spawn_blocking(find).await;
         found.unwrap_or_else(|e| Err(WorkloadError::caused("looking at its disks failed", e)))
     }
-
-    /// Adds to what was `written` the pages of read-only disks that were not
-    /// sent yet. Nobody writes to those, so no log speaks of them.
-    fn add_read_only(&self, written: &mut PageSet, populated: &PageSet) {
-        for (key, pages) in populated.iter().filter(|(key, _)| self.disks.is_read_only(*key)) {
-            let mut rest = pages.clone();
-            if let Some(sent) = self.sent_for_good.get(key) {
-                rest.subtract(sent);
-            }
-            written.set(key, rest);
-        }
-    }
 }
 
 #[async_trait]
@@ -286,9 +208,9 @@ impl Workload for Vm {
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
         let alive = self.alive()?;
         alive.chunks.memory.forget();
-        alive.child.dirty_start().await.map_err(told("track its memory"))?;
+        let disks = alive.chunks.disks.is_some();
+        alive.child.dirty_start(disks).await.map_err(told("track its memory"))?;
         alive.sent = Some(Cleared::default());
-        alive.sent_for_good = PageSet::default();
         Ok(())
     }
 
@@ -311,9 +233,7 @@ impl Workload for Vm {
         // it has to be sent again, as zeros.
         let mut dirty = alive.populated(regions).await?;
         if alive.sent.is_some() {
-            let mut written =
-                alive.child.dirty_read().await.map_err(told("read its dirty pages"))?;
-            alive.add_read_only(&mut written, &dirty);
+            let written = alive.child.dirty_read().await.map_err(told("read its dirty pages"))?;
             dirty.intersect(&written);
         }
         let never = Cleared::default();
@@ -330,13 +250,7 @@ impl Workload for Vm {
         }
         let mut memory = PageSet::default();
         for (key, pages) in pages.iter().filter(|(key, p)| *key != LOG_STREAM && !p.is_empty()) {
-            if alive.disks.is_read_only(key) {
-                let mut sent = PageSet::default();
-                sent.set(key, pages.clone());
-                alive.sent_for_good.union(&sent);
-            } else {
-                memory.set(key, pages.clone());
-            }
+            memory.set(key, pages.clone());
         }
         if memory.is_empty() {
             return Ok(());
@@ -440,23 +354,6 @@ impl Workload for Vm {
             alive.disks.release().await;
         }
         remove(&self.directory);
-    }
-}
-
-/// The streams of a VM that has ended: none.
-struct Nothing;
-
-impl ChunkSource for Nothing {
-    fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream> {
-        Err(OutOfStream { key, offset, length: into.len() as u64 })
-    }
-
-    fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
-        Err(OutOfStream { key, offset, length })
-    }
-
-    fn waits(&self, _: StreamKey) -> bool {
-        false
     }
 }
 

@@ -51,9 +51,11 @@ pub struct Disk {
     bytes: u64,
     read_only: bool,
     volume: Option<Box<dyn Volume>>,
-    /// A sync that nobody asked for has failed, and the next flush says so: the
-    /// system says it only once.
+    /// A sync that the guest did not ask for has failed, and its next flush
+    /// says so: the system says it only once.
     sync_failed: bool,
+    /// The same, for who closes the disk.
+    failed_standing: bool,
     space: Arc<ConfigSpace>,
     log: Arc<DiskLog>,
 }
@@ -77,7 +79,16 @@ impl Disk {
         space.change(BLK_SIZE, &512_u32.to_le_bytes());
         space.set_generation(0);
         let (space, log) = (Arc::new(space), Arc::new(DiskLog::new(bytes)));
-        Self { index, bytes, read_only, volume: None, sync_failed: false, space, log }
+        Self {
+            index,
+            bytes,
+            read_only,
+            volume: None,
+            sync_failed: false,
+            failed_standing: false,
+            space,
+            log,
+        }
     }
 
     /// What of it was written.
@@ -162,8 +173,12 @@ impl Disk {
         written
     }
 
+    fn sync_volume(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.volume()?.sync() }
+    }
+
     fn sync(&mut self) -> io::Result<()> {
-        let synced = if self.read_only { Ok(()) } else { self.volume()?.sync() };
+        let synced = self.sync_volume();
         if std::mem::take(&mut self.sync_failed) {
             return Err(io::Error::other("an earlier write could not be made to last"));
         }
@@ -259,8 +274,9 @@ impl Device for Disk {
     /// Makes what was written last, so that to let go of the disk takes no
     /// time, and a disk that can't write any more is found while the guest runs.
     fn stand(&mut self) {
-        if self.volume.is_some() && self.sync().is_err() {
+        if self.volume.is_some() && self.sync_volume().is_err() {
             self.sync_failed = true;
+            self.failed_standing = true;
         }
     }
 
@@ -287,21 +303,26 @@ impl Device for Disk {
             return Ok(());
         }
         // Kept when it fails: the guest may go on here, and its next flush fails.
-        if let Err(e) = self.sync() {
-            self.sync_failed = true;
-            return Err(e);
+        let synced = self.sync_volume();
+        self.sync_failed |= synced.is_err();
+        synced?;
+        if std::mem::take(&mut self.failed_standing) {
+            return Err(io::Error::other("an earlier write could not be made to last"));
         }
         self.volume = None;
         Ok(())
     }
 
     fn save(&self) -> virtio_state::Kind {
-        virtio_state::Kind::Block(proto::BlockState {})
+        virtio_state::Kind::Block(proto::BlockState { sync_failed: self.sync_failed })
     }
 
     fn restore(&mut self, state: &virtio_state::Kind) -> Result<(), StateError> {
         match state {
-            virtio_state::Kind::Block(proto::BlockState {}) => Ok(()),
+            virtio_state::Kind::Block(proto::BlockState { sync_failed }) => {
+                self.sync_failed = *sync_failed;
+                Ok(())
+            }
             _ => Err(StateError("its state is not that of a disk".into())),
         }
     }

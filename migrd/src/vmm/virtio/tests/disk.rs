@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use migr_proto::v1 as proto;
+
 use super::super::blk::Disk;
 use super::super::blk::volume::Volume;
 use super::super::mmio::{EVENT_IDX, INDIRECT_DESC};
@@ -65,7 +67,7 @@ fn what_is_written_is_in_the_file_and_is_read_back() {
     let file = image();
     let mut rig = Rig::working(with(file.try_clone().unwrap()), FLUSH | EVENT_IDX);
     rig.memory.write_slice(&[0x5a; 4096], GuestAddress(BUFFER)).unwrap();
-    assert_eq!(rig.request(OUT, 9, 4096), (0, 0));
+    assert_eq!(rig.request(OUT, 9, 4096), (0, 1));
     assert_eq!(rig.request(SYNC, 0, 0), (0, 1));
     let mut there = [0; 4096 + 512];
     file.read_exact_at(&mut there, 9 * 512).unwrap();
@@ -84,7 +86,7 @@ fn many_requests_pass_a_small_ring_each_once() {
     for round in 0..200_u64 {
         let mark = u8::try_from(round % 251).unwrap();
         rig.memory.write_slice(&[mark; 512], GuestAddress(BUFFER)).unwrap();
-        assert_eq!(rig.request(OUT, round, 512), (0, 0));
+        assert_eq!(rig.request(OUT, round, 512), (0, 1));
         let mut there = [0; 512];
         file.read_exact_at(&mut there, round * 512).unwrap();
         assert_eq!(there, [mark; 512]);
@@ -230,15 +232,28 @@ fn a_sync_that_fails_while_the_device_stands_fails_the_next_flush() {
 }
 
 #[test]
-fn a_disk_that_does_not_take_everything_stays_attached() {
+fn a_disk_that_does_not_take_everything_stays_attached_and_the_guest_hears_of_it() {
     let odd = Arc::new(Odd::default());
-    let mut disk = with(Arc::clone(&odd));
+    let mut rig = Rig::working(with(Arc::clone(&odd)), FLUSH);
     odd.sync_fails.store(true, Ordering::SeqCst);
-    disk.detach().unwrap_err();
-    assert!(disk.attached());
-    disk.detach().unwrap_err();
-    disk.detach().unwrap();
-    assert!(!disk.attached());
+    rig.drain();
+    let detach = || rig.device.with_device(|disk| (disk.detach().is_ok(), disk.attached()));
+    assert_eq!(detach(), (false, true), "the sync before it stood has failed");
+    odd.sync_fails.store(true, Ordering::SeqCst);
+    assert_eq!(detach(), (false, true));
+    let told = proto::BlockState { sync_failed: true };
+    let state = rig.device.save();
+    assert_eq!(state.kind, Some(proto::virtio_state::Kind::Block(told)));
+    assert_eq!(detach(), (true, false));
+    // At another host, too.
+    let mut other = with(Arc::clone(&odd));
+    other.restore(&state.kind.unwrap()).unwrap();
+    rig.device.with_device(|disk| disk.restore(&state.kind.unwrap())).unwrap();
+    rig.device.with_device(|disk| disk.attach(image())).unwrap();
+    rig.gate.open();
+    assert_eq!(rig.request(SYNC, 0, 0).0, 1);
+    assert_eq!(rig.request(SYNC, 0, 0).0, 0);
+    assert_eq!(other.save(), state.kind.unwrap());
 }
 
 #[test]

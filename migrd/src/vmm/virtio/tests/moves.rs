@@ -1,7 +1,8 @@
 //! Devices that are saved in the middle of their work and go on elsewhere.
 
-use migr_proto::v1 as proto;
 use std::fs::File;
+
+use migr_proto::v1 as proto;
 
 use super::super::balloon::Balloon;
 use super::super::blk::Disk;
@@ -118,7 +119,7 @@ fn a_state_that_no_device_can_have_is_refused_with_the_reason() {
         assert_eq!(new.read(0x70), 0, "nothing was changed");
     }
     let mut other = good;
-    other.kind = Some(proto::virtio_state::Kind::Block(proto::BlockState {}));
+    other.kind = Some(proto::virtio_state::Kind::Block(proto::BlockState::default()));
     let new = Rig::new(Box::<Entropy>::default(), Arc::clone(&rig.memory));
     let checked = new.device.check(&other).unwrap();
     let refused = new.device.restore(checked).unwrap_err();

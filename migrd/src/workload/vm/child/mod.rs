@@ -198,12 +198,13 @@ impl Child {
         }
     }
 
-    /// Starts tracking which pages are written. At first all of them are dirty.
+    /// Starts tracking which pages are written, of memory and, with `disks`, of
+    /// disks too. At first all of them are dirty.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub async fn dirty_start(&self) -> Result<(), ChildError> {
-        self.done(child_request::Request::DirtyStart(proto::ChildDirtyStart {})).await
+    pub async fn dirty_start(&self, disks: bool) -> Result<(), ChildError> {
+        self.done(child_request::Request::DirtyStart(proto::ChildDirtyStart { disks })).await
     }
 
     /// The pages written since they were last cleared, by the guest or the VMM.

@@ -16,6 +16,9 @@ pub const SECTOR: u64 = 512;
 pub const FIRST_STREAM: u32 = 128;
 /// The longest path that is taken, in bytes (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
+/// The most that disks may have together to be sent along, in bytes: the maps of
+/// their written pages go in one message ([`crate::vmm::frame::FRAME_BYTES`]).
+const MAX_COPIED: u64 = 1 << 40;
 /// The largest disk, in bytes: as long as a stream may be.
 const MAX_BYTES: u64 = 1 << 46;
 
@@ -62,6 +65,21 @@ pub fn check(disks: &[DiskConfig]) -> Result<(), WorkloadError> {
         }
     }
     Ok(())
+}
+
+/// Whether these disks can be sent along.
+///
+/// # Errors
+/// When they are too large together.
+pub fn check_copied(disks: &[DiskConfig]) -> Result<(), WorkloadError> {
+    let total = disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.bytes));
+    if total <= MAX_COPIED {
+        return Ok(());
+    }
+    Err(WorkloadError::new(
+        "disks of more than 1 TiB together can't be sent along: share them between the hosts, and \
+         leave out --copy-disks",
+    ))
 }
 
 /// Whether that can be the path of an image.
@@ -115,6 +133,8 @@ mod tests {
             assert!(said(&[disk("/a", bytes)]).contains("multiple of 512"), "{bytes}");
         }
         assert!(said(&[disk("/a", 512), disk("/a", 512)]).contains("twice"));
+        assert!(check_copied(&[disk("/a", 1 << 39), disk("/b", 1 << 39)]).is_ok());
+        assert!(check_copied(&[disk("/a", 1 << 40), disk("/b", 512)]).is_err());
         let many: Vec<_> = (0..9).map(|i| disk(&format!("/{i}"), 512)).collect();
         assert!(said(&many).contains("at most 8"));
     }

@@ -9,6 +9,7 @@ mod copies;
 mod error;
 mod holder;
 mod image;
+mod offer;
 mod stream;
 
 use std::os::fd::OwnedFd;
@@ -19,14 +20,15 @@ use migr_proto::v1::DiskConfig;
 
 use super::child::{Backing, Child, Device};
 use super::told;
-use crate::workload::{StreamKey, WorkloadError};
+use crate::workload::WorkloadError;
 use holder::{Note, State};
 
-pub use config::{MAX_DISKS, check, check_path, index_of, stream, streams};
-pub use copies::{prepare, problems as copy_problems, undo};
+pub use config::{MAX_DISKS, check, check_copied, check_path, index_of, stream, streams};
+pub use copies::undo;
 pub use error::DiskError;
 pub use holder::{Holder, Purpose};
 pub use image::Image;
+pub use offer::{are_brought, make_copies, problems};
 pub use stream::{DiskStreams, Use};
 
 /// Where the disks of a VM are open.
@@ -72,12 +74,6 @@ impl Disks {
     #[must_use]
     pub fn are_held(&self) -> bool {
         self.disks.is_empty() || !matches!(self.hold, Hold::Nowhere)
-    }
-
-    /// Whether that stream is a disk that nobody writes to.
-    #[must_use]
-    pub fn is_read_only(&self, key: StreamKey) -> bool {
-        index_of(key).and_then(|index| self.disks.get(index)).is_some_and(|disk| disk.read_only)
     }
 
     /// Opens and locks them and gives them to the child, unless they are open.
@@ -208,6 +204,7 @@ impl Disks {
     /// # Errors
     /// Which disk can't be read.
     pub async fn read(&self) -> Result<DiskStreams, WorkloadError> {
+        config::check_copied(&self.disks)?;
         let disks = self.disks.clone();
         apart(move || {
             let mut streams = DiskStreams::default();
@@ -255,7 +252,7 @@ fn put_back(images: &[Image]) {
 
 /// What keeps this host from running a VM with images that both hosts reach.
 #[must_use]
-pub fn shared_problems(disks: &[DiskConfig], by: &Holder) -> Vec<DiskError> {
+fn shared_problems(disks: &[DiskConfig], by: &Holder) -> Vec<DiskError> {
     disks.iter().filter_map(|disk| shared_problem(disk, by).err()).collect()
 }
 

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use nix::sys::stat::Mode;
 use tempfile::TempDir;
 
+use super::copies::{prepare, problems as copy_problems};
 use super::*;
 use crate::units::{HostId, PAGE_SIZE, PageIndex, PageRun, WorkloadId};
-use crate::workload::{ChunkSink, ChunkSource, OutOfStream};
+use crate::workload::{ChunkSink, ChunkSource, OutOfStream, StreamKey};
 
 struct Place(TempDir);
 
@@ -286,8 +287,8 @@ fn a_copy_is_a_new_sparse_file_that_goes_with_an_arrival_that_fails() {
     let vm = Place::new();
     let web = holder("web");
     let disk = place.disk("a", 1 << 20);
-    assert_eq!(codes(&copy_problems(&[disk.clone()], &[4096], &web)), [""; 0]);
-    let streams = copies(&vm, &[disk.clone()], &web).unwrap();
+    assert_eq!(codes(&copy_problems(std::slice::from_ref(&disk), &[4096], &web)), [""; 0]);
+    let streams = copies(&vm, std::slice::from_ref(&disk), &web).unwrap();
     streams.write(stream(0), 4096, &page(7)).unwrap();
     streams.close().unwrap();
     let meta = fs::metadata(path(&disk)).unwrap();
@@ -324,19 +325,19 @@ fn only_what_the_same_workload_left_behind_is_overwritten() {
     let (place, vm) = (Place::new(), Place::new());
     let web = holder("web");
     let disk = place.image("a", 8192);
-    let refused = |by: &Holder| codes(&copy_problems(&[disk.clone()], &[8192], by));
+    let refused = |by: &Holder| codes(&copy_problems(std::slice::from_ref(&disk), &[8192], by));
     assert_eq!(refused(&web), ["destination-disk-exists"], "no note");
     for (state, by) in
         [(State::Held, &web), (State::Moved, &holder("db")), (State::Moved, &elsewhere(&web))]
     {
         holder::write_note(path(&disk), &Note::new(state, by), false).unwrap();
         assert_eq!(refused(&web), ["destination-disk-exists"], "{state:?}");
-        assert_eq!(code(copies(&vm, &[disk.clone()], &web)), "destination-disk-exists");
+        assert_eq!(code(copies(&vm, std::slice::from_ref(&disk), &web)), "destination-disk-exists");
     }
     fs::write(path(&disk), [[1; 4096], [2; 4096]].concat()).unwrap();
     holder::write_note(path(&disk), &Note::new(State::Moved, &web), false).unwrap();
     assert_eq!(refused(&web), [""; 0]);
-    let streams = copies(&vm, &[disk.clone()], &web).unwrap();
+    let streams = copies(&vm, std::slice::from_ref(&disk), &web).unwrap();
     streams.write(stream(0), 0, &page(3)).unwrap();
     streams.close().unwrap();
     // What was not sent is a hole at the source: the old bytes are gone.
@@ -353,9 +354,9 @@ fn a_read_only_image_that_is_there_is_compared_and_never_written() {
     let by = holder("web");
     fs::write(place.path("iso"), [[1; 4096], [0; 4096], [2; 4096]].concat()).unwrap();
     let iso = read_only(&place.disk("iso", 3 * 4096));
-    assert_eq!(codes(&copy_problems(&[iso.clone()], &[0], &by)), [""; 0]);
+    assert_eq!(codes(&copy_problems(std::slice::from_ref(&iso), &[0], &by)), [""; 0]);
     let run = |pages: &[(u64, u8)]| {
-        let streams = copies(&vm, &[iso.clone()], &by).unwrap();
+        let streams = copies(&vm, std::slice::from_ref(&iso), &by).unwrap();
         for (index, byte) in pages {
             streams.write(stream(0), index * PAGE_SIZE, &page(*byte)).unwrap();
         }
@@ -365,7 +366,7 @@ fn a_read_only_image_that_is_there_is_compared_and_never_written() {
     assert_eq!(run(&[(0, 1), (1, 0), (2, 2)]), "none");
     assert_eq!(run(&[(0, 1), (2, 9)]), "destination-disk-differs");
     assert_eq!(run(&[(0, 1)]), "destination-disk-differs", "the source has a hole there");
-    let streams = copies(&vm, &[iso.clone()], &by).unwrap();
+    let streams = copies(&vm, std::slice::from_ref(&iso), &by).unwrap();
     streams.zero(stream(0), 0, 4096).unwrap();
     assert_eq!(code(streams.close()), "destination-disk-differs");
     assert_eq!(fs::read(path(&iso)).unwrap()[0], 1);
@@ -429,7 +430,7 @@ fn a_copy_equals_its_source_and_so_do_their_hashes() {
     file.write_all_at(&[2; 1024], 10 * 4096).unwrap();
     let from = reading(path(&source), bytes);
     let copy = there.disk("a", bytes);
-    let to = copies(&vm, &[copy.clone()], &holder("web")).unwrap();
+    let to = copies(&vm, std::slice::from_ref(&copy), &holder("web")).unwrap();
     for run in from.allocated(stream(0)).unwrap().runs() {
         let mut buffer = vec![0; usize::try_from(run.len_bytes()).unwrap()];
         from.read(stream(0), run.offset(), &mut buffer).unwrap();
@@ -448,7 +449,7 @@ fn a_copy_equals_its_source_and_so_do_their_hashes() {
 fn offsets_outside_a_disk_and_writes_after_the_end_are_refused() {
     let (place, vm) = (Place::new(), Place::new());
     let disk = place.disk("a", 4096 + 512);
-    let streams = copies(&vm, &[disk.clone()], &holder("web")).unwrap();
+    let streams = copies(&vm, std::slice::from_ref(&disk), &holder("web")).unwrap();
     let mut buffer = page(1);
     let far: [(u32, u64); 5] =
         [(127, 0), (129, 0), (128, 8192), (128, u64::MAX - 100), (u32::MAX, 0)];
