@@ -411,7 +411,10 @@ impl Workload for FakeWorkload {
     }
 
     async fn stop(&mut self) -> Result<(), WorkloadError> {
-        self.0.end("stopped");
+        let ended = self.0.lock().dead;
+        if !ended {
+            self.0.end("stopped");
+        }
         Ok(())
     }
 
