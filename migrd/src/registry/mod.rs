@@ -280,3 +280,6 @@ async fn blocking<T: Send + 'static>(
         Err(_) => Err(JournalError::Damaged("a record that was being written".into())),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,6 +84,7 @@ struct Inner {
     frozen: bool,
     paused: bool,
     dead: bool,
+    takes_its_time: bool,
     dirty: Option<PageBitmap>,
     failing: BTreeMap<Op, u32>,
     calls: Vec<Op>,
@@ -177,6 +178,11 @@ impl Guest {
     /// Whether it runs.
     pub fn runs(&self) -> bool {
         self.lock().counted
+    }
+
+    /// From now on it does not end at once when it is asked to.
+    pub fn takes_its_time(&self) {
+        self.lock().takes_its_time = true;
     }
 
     /// Ends by itself.
@@ -397,12 +403,18 @@ impl Workload for FakeWorkload {
     }
 
     async fn ask_to_end(&mut self) -> Result<(), WorkloadError> {
-        self.0.end("ended when asked to");
+        let takes_its_time = self.0.lock().takes_its_time;
+        if !takes_its_time {
+            self.0.end("ended when asked to");
+        }
         Ok(())
     }
 
     async fn stop(&mut self) -> Result<(), WorkloadError> {
-        self.0.end("stopped");
+        let ended = self.0.lock().dead;
+        if !ended {
+            self.0.end("stopped");
+        }
         Ok(())
     }
 

@@ -279,7 +279,8 @@ pub trait Workload: Send + Sync {
     /// When nothing in it listens.
     async fn ask_to_end(&mut self) -> Result<(), WorkloadError>;
 
-    /// Ends it at once. Its output stays readable.
+    /// Ends it at once, if it has not ended, and gives up what it holds. Its
+    /// output stays readable, and so does why it ended.
     async fn stop(&mut self) -> Result<(), WorkloadError>;
 
     /// Drops it and everything this host holds of it.

@@ -176,14 +176,21 @@ impl Owner {
     /// Serves until the daemon goes down or nobody can reach it any more.
     pub(super) async fn run(mut self) {
         let shutdown = self.shared.shutdown.clone();
+        self.put_down_if_ended().await;
         loop {
             let (inbox, back) = (&mut self.inbox, &mut self.back.1);
             let run_state = &mut self.run_state;
             tokio::select! {
                 biased;
-                Some(back) = back.recv() => self.take_back(back).await,
+                Some(back) = back.recv() => {
+                    self.take_back(back).await;
+                    self.put_down_if_ended().await;
+                }
                 () = shutdown.cancelled(), if !matches!(self.holding, Holding::Migrating(_)) => break,
-                () = changed(run_state) => self.publish(),
+                () = changed(run_state) => {
+                    self.put_down_if_ended().await;
+                    self.publish();
+                }
                 command = inbox.recv() => match command {
                     Some(Command::Remove(reply)) => {
                         let done = self.remove().await;
@@ -309,6 +316,21 @@ impl Owner {
         }
         self.publish();
         Ok(())
+    }
+
+    /// A workload that has ended needs nothing of the host but its output: not
+    /// its memory, and least of all its disks, which others may want. Done
+    /// before anybody hears of the end.
+    async fn put_down_if_ended(&mut self) {
+        let ended = self.run_state.as_ref().is_some_and(|state| {
+            let state = state.borrow();
+            matches!(*state, RunState::Ended(_))
+        });
+        let name = self.name();
+        let Holding::Here(workload) = &mut self.holding else { return };
+        if ended && let Err(error) = workload.stop().await {
+            tracing::warn!(workload = name, %error, "what has ended holds on to something");
+        }
     }
 
     async fn ask_to_end(&mut self) -> Result<(), RegistryError> {

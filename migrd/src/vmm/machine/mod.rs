@@ -273,9 +273,12 @@ impl Machine {
         }
     }
 
-    /// The guest has ended by itself: devices need not go on.
+    /// The guest has ended by itself: devices need not go on. It may have been
+    /// rebooted since.
     pub fn rest(&self) {
-        self.virtio.stop();
+        if matches!(self.phase(), Phase::Stopped(_)) {
+            self.virtio.stop();
+        }
     }
 
     /// Returns when every device and every vCPU stands still, these between two

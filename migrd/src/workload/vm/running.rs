@@ -71,8 +71,8 @@ impl Vm {
         let (stopped, wish) = watch::channel(None);
         let reboots = Reboots::follow(&child, wish);
         let state = reboots.state();
-        let alive =
-            Alive { child, reboots, chunks, log, sent: None, disks, drained: false, stopped };
+        let (sent, drained) = (None, false);
+        let alive = Alive { child, reboots, chunks, log, sent, disks, drained, stopped };
         Ok(Self { directory, streams, terminal, state, paused, alive: Some(alive) })
     }
 
@@ -339,7 +339,11 @@ impl Workload for Vm {
 
     async fn stop(&mut self) -> Result<(), WorkloadError> {
         let Some(mut alive) = self.alive.take() else { return Ok(()) };
-        alive.stopped.send_replace(Some("stopped by an operator".into()));
+        let why = match &*self.state.borrow() {
+            RunState::Ended(why) => why.clone(),
+            RunState::Running | RunState::Paused => "stopped by an operator".to_owned(),
+        };
+        alive.stopped.send_replace(Some(why));
         if let Err(error) = alive.child.quit().await {
             tracing::info!(%error, "the VMM did not end in good order");
             alive.child.kill().await;

@@ -5,13 +5,13 @@
 
 use std::sync::{Arc, Weak};
 
+use migr_proto::v1::GuestStopKind;
 use tokio::sync::{Mutex, watch};
 
 use super::child::{Child, ChildState, StopReason};
 use super::engine::{open, paths};
 use super::told;
 use crate::workload::{RunState, WorkloadError};
-use migr_proto::v1::GuestStopKind;
 
 /// Keeps a guest's reboots and the wishes of others apart.
 #[derive(Debug)]

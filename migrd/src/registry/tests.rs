@@ -1,0 +1,102 @@
+//! The registry with a workload that is only an object.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use super::*;
+use crate::workload::fake::{Census, FakeWorkload, Guest};
+use crate::workload::{Arriving, Manifest, Problem, WorkloadError};
+
+/// Longer than any test waits.
+const LONG: Duration = Duration::from_secs(600);
+const NAME: &str = "web";
+
+/// Makes nothing: the tests bring their workload.
+struct Nothing;
+
+#[async_trait]
+impl Engine for Nothing {
+    async fn check(&self, _: &Manifest) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    async fn clear(&self, _: WorkloadId) {}
+
+    async fn prepare(&self, _: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError> {
+        Err(WorkloadError::new("nothing can be made here"))
+    }
+}
+
+/// A host with one workload, which runs.
+struct Host {
+    registry: Registry,
+    guest: Arc<Guest>,
+    _directory: tempfile::TempDir,
+}
+
+async fn host() -> Host {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = Journal::open(&directory.path().join("journal.redb")).unwrap();
+    let registry = Registry::new(Setup {
+        here: "a:1".into(),
+        host: journal.host_id().unwrap(),
+        journal,
+        vms: Arc::new(Nothing),
+        peers: Arc::new(|address| panic!("nobody is asked for {address}")),
+        lanes: 1,
+        shutdown: CancellationToken::new(),
+    });
+    let guest = Guest::empty(&Arc::new(Census::default()), 1);
+    let identity = Identity {
+        id: WorkloadId::random(),
+        name: NAME.into(),
+        kind: Kind::Vm,
+        config: Vec::new(),
+        memory_bytes: 4096,
+        cpus: 1,
+        created_unix_ms: 0,
+    };
+    registry.create(identity, Box::new(FakeWorkload(guest.clone()))).await.unwrap();
+    Host { registry, guest, _directory: directory }
+}
+
+#[tokio::test]
+async fn a_workload_that_is_asked_to_end_is_stopped_when_it_has_ended() {
+    let host = host().await;
+    let status = host.registry.ask_to_end(NAME, LONG).await.unwrap();
+    assert_eq!((status.state, status.reason.as_str()), (State::Stopped, "ended when asked to"));
+    let again = host.registry.ask_to_end(NAME, LONG).await.unwrap_err();
+    assert!(matches!(again, RegistryError::WrongState { .. }), "{again}");
+}
+
+#[tokio::test]
+async fn while_a_workload_takes_its_time_to_end_its_owner_serves_others() {
+    let host = host().await;
+    host.guest.takes_its_time();
+    let registry = host.registry.clone();
+    let asked = tokio::spawn(async move { registry.ask_to_end(NAME, LONG).await });
+    let paused = host.registry.pause(NAME).await.unwrap();
+    assert_eq!(paused.state, State::Paused);
+    host.registry.resume(NAME).await.unwrap();
+    host.guest.end("done at last");
+    let status = asked.await.unwrap();
+    // The end may have come before the question.
+    match status {
+        Ok(status) => assert_eq!(status.reason, "done at last"),
+        Err(error) => assert!(matches!(error, RegistryError::WrongState { .. }), "{error}"),
+    }
+}
+
+#[tokio::test]
+async fn a_workload_that_has_not_ended_in_time_goes_on_and_the_user_is_told_what_to_do() {
+    let host = host().await;
+    host.guest.takes_its_time();
+    let error = host.registry.ask_to_end(NAME, Duration::from_millis(1)).await.unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("--timeout") && text.contains("migctl stop web --force"), "{text}");
+    assert!(host.guest.runs());
+    assert_eq!(host.registry.find(NAME).unwrap().state, State::Running);
+    let stopped = host.registry.stop(NAME).await.unwrap();
+    assert_eq!(stopped.state, State::Stopped);
+}
