@@ -46,26 +46,47 @@ build_witness() {
     printf '%s\n' "$(integration/target-dir.sh)/$triple/debug/witness"
 }
 
-# copy_modules KERNEL ROOT: the guest's modules, and the order to load them in.
+# group GROUP +|-: the modules of a group, or those that it does without.
+group() {
+    awk -v wanted="[$1]" -v sign="$2" '
+        /^\[/ { inside = ($0 == wanted) }
+        inside && /^[-a-z]/ && (/^-/ ? "-" : "+") == sign { sub(/^-/, ""); print }' \
+        "$source_dir/modules"
+}
+
+# copy_modules KERNEL ROOT: the guest's modules, and for each group the order to
+# load them in.
 copy_modules() {
-    local kernel=$1 root=$2 release module path
+    local kernel=$1 root=$2 release modules group without path name
     release=$(cat "$kernel/release")
-    mkdir -p "$root/lib/modules"
-    grep -v -e '^#' -e '^$' "$source_dir/modules" | while read -r module; do
-        modprobe -d "$kernel" -S "$release" --show-depends "$module" </dev/null ||
-            fail "the kernel has no module $module"
-    done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$root/paths"
-    while read -r path; do
-        module=$(basename "$path")
-        case $module in
-            *.xz) xz -dc "$path" >"$root/lib/modules/${module%.xz}" ;;
-            *.zst) zstd -qdc "$path" >"$root/lib/modules/${module%.zst}" ;;
-            *) cp "$path" "$root/lib/modules/" ;;
-        esac
-        module=${module%.xz}
-        printf '%s\n' "${module%.zst}"
-    done <"$root/paths" >"$root/lib/modules/order"
-    rm "$root/paths"
+    modules=$root/lib/modules/$release
+    mkdir -p "$modules"
+    for group in all pci; do
+        without=" $(group "$group" - | tr '\n' ' ')"
+        group "$group" + | while read -r name; do
+            modprobe -d "$kernel" -S "$release" --show-depends "$name" </dev/null ||
+                fail "the kernel has no module $name"
+        done | awk '$1 == "insmod" { print $2 }' | while read -r path; do
+            name=$(basename "$path")
+            name=${name%.ko*}
+            [[ $without != *" $name "* ]] || continue
+            copy_module "$path" "$modules"
+            printf '%s\n' "$name"
+        done | awk '!seen[$0]++' >"$root/lib/modules/$group"
+    done
+    depmod -b "$root" "$release" 2>/dev/null
+    # All that busybox's modprobe reads.
+    find "$modules" -name 'modules.*' ! -name modules.dep -delete
+}
+
+# copy_module FILE DIR: decompressed, as busybox loads it.
+copy_module() {
+    local to=$2/${1##*/}
+    case $1 in
+        *.xz) xz -dc "$1" >"${to%.xz}" ;;
+        *.zst) zstd -qdc "$1" >"${to%.zst}" ;;
+        *) cp "$1" "$to" ;;
+    esac
 }
 
 # pack ROOT FILE: the tree as an initramfs. It is not compressed: to unpack it

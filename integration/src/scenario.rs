@@ -58,11 +58,19 @@ impl Pulse {
     /// # Errors
     /// When it does not come up.
     pub fn run(&self, pair: &HostPair, host: &Daemon) -> Result<()> {
+        self.run_with(pair, host, &[])
+    }
+
+    /// The same, with more options of `run`.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn run_with(&self, pair: &HostPair, host: &Daemon, options: &[&str]) -> Result<()> {
         let kernel = pair.kernel().display().to_string();
         let (memory, cpus, cmdline) =
             (format!("{}M", self.memory), self.cpus.to_string(), self.cmdline());
         let args = ["run", self.name, "--kernel", &kernel, "--memory", &memory];
-        let args = [&args[..], &["--cpus", &cpus, "--cmdline", &cmdline]].concat();
+        let args = [&args[..], &["--cpus", &cpus, "--cmdline", &cmdline], options].concat();
         host.migctl(&args)?.ok()?;
         wait_for_pass(host, self.name, 1)?;
         Ok(())

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::units::{parse_address, parse_duration, parse_size};
+use crate::units::{parse_address, parse_duration, parse_mac, parse_size};
 
 const AFTER_HELP: &str = "\
 Exit status: 0 done, 1 failed, 2 wrong usage. `migrate` and `watch` have more: see `migctl migrate --help`.
@@ -57,7 +57,7 @@ pub enum Format {
 pub enum Verb {
     /// Create a VM and start it.
     #[command(
-        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'"
+        after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'\n  migctl run db --kernel vmlinuz --memory 2G --disk db.img --disk tools.iso,ro\n  migctl run web2 --kernel vmlinuz --memory 1G --net bridge=br0 --net tap=tap7,mac=02:00:00:00:00:07"
     )]
     Run(RunArgs),
     /// List the workloads of the host.
@@ -96,7 +96,9 @@ pub enum Verb {
     #[command(after_help = "Example:\n  migctl resume web")]
     Resume(NameArgs),
     /// Stop a workload for good; it stays listed until `rm`.
-    #[command(after_help = "Example:\n  migctl stop web --force")]
+    #[command(
+        after_help = "Presses the guest's power button and waits until it has shut itself down.\nWith --force the guest is not asked: as if its power failed.\n\nExamples:\n  migctl stop web --timeout 2m\n  migctl stop web --force"
+    )]
     Stop(StopArgs),
     /// Forget a stopped workload and delete what the daemon kept of it.
     #[command(after_help = "Example:\n  migctl rm web")]
@@ -163,6 +165,89 @@ pub struct RunArgs {
     /// Initial RAM disk, read by the daemon.
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
+    /// Disk: a raw image or a block device, opened by the daemon; `,ro` at the end makes it
+    /// read-only. May be given several times.
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
+    pub disks: Vec<Disk>,
+    /// Network interface: the tap behind it, found by name on every host; or a bridge into which
+    /// a tap is put, and made where it is missing. May be given several times.
+    #[arg(long = "net", value_name = "tap=IF|bridge=BR[,tap=IF][,mac=MAC]", value_parser = parse_net)]
+    pub nets: Vec<Net>,
+    /// CPU features that the guest sees, for as long as it lives: host, all that this host has;
+    /// baseline, what any host of the last ten years has; or a file that lists features.
+    #[arg(long, value_name = "host|baseline|FILE", default_value = "host", value_parser = parse_cpu)]
+    pub cpu: Cpu,
+}
+
+/// A network interface of a new VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Net {
+    /// Name of the tap; empty: the daemon chooses one.
+    pub tap: String,
+    /// Name of the bridge, or empty.
+    pub bridge: String,
+    /// Hardware address; `None`: the daemon chooses one.
+    pub mac: Option<[u8; 6]>,
+}
+
+fn parse_net(text: &str) -> Result<Net, String> {
+    let mut net = Net::default();
+    for part in text.split(',') {
+        match part.split_once('=') {
+            Some(("tap", name)) if net.tap.is_empty() && !name.is_empty() => {
+                name.clone_into(&mut net.tap)
+            }
+            Some(("bridge", name)) if net.bridge.is_empty() && !name.is_empty() => {
+                name.clone_into(&mut net.bridge);
+            }
+            Some(("mac", mac)) if net.mac.is_none() => {
+                net.mac = Some(parse_mac(mac).map_err(|error| error.to_string())?);
+            }
+            _ => return Err(format!("{part:?} is not tap=IF, bridge=BR or mac=MAC, each once")),
+        }
+    }
+    if net.tap.is_empty() && net.bridge.is_empty() {
+        return Err("a network interface needs tap=IF or bridge=BR".to_owned());
+    }
+    Ok(net)
+}
+
+/// A disk of a new VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The image.
+    pub path: PathBuf,
+    /// Nothing is written to it.
+    pub read_only: bool,
+}
+
+fn parse_disk(text: &str) -> Result<Disk, String> {
+    let (path, read_only) = match text.strip_suffix(",ro") {
+        Some(path) => (path, true),
+        None => (text, false),
+    };
+    if path.is_empty() {
+        return Err("a disk needs the path of an image".to_owned());
+    }
+    Ok(Disk { path: path.into(), read_only })
+}
+
+/// Which CPU features a guest sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cpu {
+    /// Those that the daemon knows by this name.
+    Named(&'static str),
+    /// Those in a list.
+    Listed(PathBuf),
+}
+
+fn parse_cpu(text: &str) -> Result<Cpu, String> {
+    match text {
+        "host" => Ok(Cpu::Named("host")),
+        "baseline" => Ok(Cpu::Named("baseline")),
+        "" => Err("give host, baseline or the path of a list of features".to_owned()),
+        path => Ok(Cpu::Listed(PathBuf::from(path))),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -269,9 +354,12 @@ fn parse_timeout(text: &str) -> Result<u64, String> {
 pub struct StopArgs {
     /// Name of the workload.
     pub name: String,
-    /// Do not wait for the guest: end it at once.
+    /// Do not ask the guest: end it at once.
     #[arg(short, long)]
     pub force: bool,
+    /// How long the guest may take; by default the daemon chooses (60s).
+    #[arg(long, value_name = "DURATION", value_parser = parse_timeout, conflicts_with = "force")]
+    pub timeout: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -347,6 +435,35 @@ mod tests {
         assert_eq!(parse_escape("^a"), Ok(Escape(Some(1))));
         assert_eq!(parse_escape("none"), Ok(Escape(None)));
         assert!(parse_escape("q").is_err());
+    }
+
+    #[test]
+    fn an_interface_has_a_tap_or_a_bridge_and_may_have_an_address() {
+        let mac = Some([2, 0, 0, 0, 0, 0xab]);
+        let net =
+            |tap: &str, bridge: &str, mac| Net { tap: tap.into(), bridge: bridge.into(), mac };
+        assert_eq!(parse_net("tap=t0"), Ok(net("t0", "", None)));
+        assert_eq!(parse_net("bridge=br0"), Ok(net("", "br0", None)));
+        assert_eq!(parse_net("bridge=br0,tap=t0,mac=02:00:00:00:00:AB"), Ok(net("t0", "br0", mac)));
+        for odd in ["", "t0", "tap=", "mac=02:00:00:00:00:01", "tap=a,tap=b", "tap=a,mac=2"] {
+            assert!(parse_net(odd).is_err(), "{odd:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_is_a_path_and_may_be_read_only() {
+        let disk = |path: &str, read_only| Ok(Disk { path: path.into(), read_only });
+        assert_eq!(parse_disk("a.img"), disk("a.img", false));
+        assert_eq!(parse_disk("a,b.img,ro"), disk("a,b.img", true));
+        assert!(parse_disk("").is_err());
+        assert!(parse_disk(",ro").is_err());
+    }
+
+    #[test]
+    fn what_is_no_named_cpu_model_is_a_list() {
+        assert_eq!(parse_cpu("baseline"), Ok(Cpu::Named("baseline")));
+        assert_eq!(parse_cpu("./host"), Ok(Cpu::Listed(PathBuf::from("./host"))));
+        assert!(parse_cpu("").is_err());
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub enum Malformed {
     DurationZero,
     #[error("{0:?} is not ADDR:PORT, as in 127.0.0.1:7070, [::1]:7070 or hostb:7070")]
     Address(String),
+    #[error("{0:?} is not a hardware address: give six bytes, as in 02:00:00:00:00:07")]
+    Mac(String),
 }
 
 /// Reads a size in bytes; K, M, G and T are powers of 1024, with or without
@@ -67,6 +69,23 @@ pub fn parse_address(text: &str) -> Result<String, Malformed> {
         Ok(1..) => Ok(text.to_owned()),
         _ => Err(malformed()),
     }
+}
+
+/// Reads a hardware address: six bytes in hexadecimal with colons between.
+pub fn parse_mac(text: &str) -> Result<[u8; 6], Malformed> {
+    let malformed = || Malformed::Mac(text.to_owned());
+    let byte = |part: &str| {
+        let digits = part.len() == 2 && part.chars().all(|c| c.is_ascii_hexdigit());
+        u8::from_str_radix(part, 16).ok().filter(|_| digits)
+    };
+    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+    bytes.and_then(|bytes| bytes.try_into().ok()).ok_or_else(malformed)
+}
+
+/// A hardware address as [`parse_mac`] reads it.
+pub fn show_mac(mac: &[u8]) -> String {
+    let bytes: Vec<_> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
+    bytes.join(":")
 }
 
 /// A size in binary units with one decimal, such as `1.5 GiB`.
@@ -124,6 +143,23 @@ mod tests {
         }
         for text in ["", "hostb", ":7070", "hostb:", "hostb:0", "hostb:65536", "::1:70", "a/b:1"] {
             assert_eq!(parse_address(text), Err(Malformed::Address(text.to_owned())));
+        }
+    }
+
+    #[test]
+    fn hardware_addresses_have_six_bytes() {
+        let mac = [2, 0, 0xff, 0x0a, 0xb0, 7];
+        assert_eq!(parse_mac("02:00:fF:0a:B0:07"), Ok(mac));
+        assert_eq!(parse_mac(&show_mac(&mac)), Ok(mac));
+        for text in [
+            "",
+            "02",
+            "2:0:0:0:0:1",
+            "02:00:00:00:00:07:08",
+            "02-00-00-00-00-07",
+            "+2:00:00:00:00:07",
+        ] {
+            assert_eq!(parse_mac(text), Err(Malformed::Mac(text.to_owned())));
         }
     }
 

@@ -62,6 +62,10 @@ impl ChunkSource for Memory {
         let piece = piece.read().expect("not poisoned");
         Ok(piece[at..at + length].iter().all(|byte| *byte == 0))
     }
+
+    fn waits(&self, _: StreamKey) -> bool {
+        false
+    }
 }
 
 impl ChunkSink for Memory {
@@ -105,7 +109,7 @@ fn plain_tcp(from: &Memory, to: &Memory) -> Result<f64, Box<dyn Error>> {
 
 async fn lanes(from: &Arc<Memory>, to: &Arc<Memory>, count: usize) -> Result<f64, Box<dyn Error>> {
     let length = from.0.len() as u64 * PIECE as u64;
-    let spec = StreamSpec { key: KEY, name: "bytes".into(), length };
+    let spec = StreamSpec { key: KEY, name: "bytes".into(), length, used: 0 };
     let receiver = Arc::new(Receiver::new(&[spec], Arc::clone(to) as _, count));
     let (directory, migration) = (LaneDirectory::default(), MigrationId::random());
     assert!(directory.insert(migration, receiver), "a new migration");

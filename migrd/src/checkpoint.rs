@@ -228,7 +228,7 @@ async fn write_frozen(
 }
 
 fn to_disk(spec: &StreamSpec) -> OnDiskStream {
-    let StreamSpec { key, name, length } = spec;
+    let StreamSpec { key, name, length, used: _ } = spec;
     OnDiskStream { key: key.0, name: name.clone(), length: *length }
 }
 
@@ -364,8 +364,12 @@ pub async fn restore(
 }
 
 fn manifest(on_disk: OnDisk, name: Option<String>) -> Manifest {
-    let from_disk =
-        |s: OnDiskStream| StreamSpec { key: StreamKey(s.key), name: s.name, length: s.length };
+    let from_disk = |s: OnDiskStream| StreamSpec {
+        key: StreamKey(s.key),
+        name: s.name,
+        length: s.length,
+        used: 0,
+    };
     Manifest {
         workload: WorkloadId::random(),
         name: name.unwrap_or(on_disk.name),

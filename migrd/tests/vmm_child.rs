@@ -35,7 +35,7 @@ impl Drop for EndOnPanic {
 }
 
 fn config(memory_bytes: u64, cpus: u32, cmdline: &str) -> VmConfig {
-    VmConfig { version: 1, memory_bytes, cpus, cmdline: cmdline.into(), ..Default::default() }
+    VmConfig { version: 2, memory_bytes, cpus, cmdline: cmdline.into(), ..Default::default() }
 }
 
 fn file_of(bytes: &[u8]) -> File {
@@ -267,7 +267,7 @@ async fn a_state_is_refused_by_a_child_of_another_shape() {
 async fn the_dirty_log_shows_what_was_written_since_it_was_cleared() {
     let vm = pulse(256 * MIB, 1, "hot=1M static=4M").await;
     assert!(vm.child.dirty_read().await.is_err(), "tracking is off");
-    vm.child.dirty_start().await.unwrap();
+    vm.child.dirty_start(false).await.unwrap();
     let all = vm.child.dirty_read().await.unwrap();
     assert_eq!(all.count(), 256 * MIB / PAGE_SIZE, "at first every page is dirty");
     vm.until(|t| last(t, "pulse pass=") >= Some(2)).await;
@@ -297,7 +297,7 @@ fn hot_pages(text: &str) -> PageRun {
 #[tokio::test]
 async fn what_the_vmm_writes_itself_is_dirty_until_it_is_cleared() {
     let vm = spawn(config(64 * MIB, 1, ""), Some(pulse::ELF)).await;
-    vm.child.dirty_start().await.unwrap();
+    vm.child.dirty_start(false).await.unwrap();
     let all = vm.child.dirty_read().await.unwrap();
     vm.child.dirty_clear(&all).await.unwrap();
     assert!(vm.child.dirty_read().await.unwrap().is_empty());
@@ -323,13 +323,114 @@ async fn what_the_vmm_writes_itself_is_dirty_until_it_is_cleared() {
 }
 
 #[tokio::test]
-async fn a_reset_by_the_guest_stops_it_and_its_memory_can_still_be_read() {
+async fn a_guest_that_ends_is_stopped_and_its_memory_can_still_be_read() {
     let vm = pulse(64 * MIB, 1, "hot=nonsense").await;
-    assert_eq!(stopped(&vm.child).await, GuestStopKind::Reset);
+    assert_eq!(stopped(&vm.child).await, GuestStopKind::Shutdown);
     assert!(vm.serial().contains("pulse error"), "{}", vm.serial());
     assert!(vm.child.run().await.is_err());
     assert!(vm.child.pause().await.is_err());
     vm.child.save().await.unwrap();
+    vm.child.kill().await;
+}
+
+/// Waits until the guest that was started `resets` resets ago has counted some passes.
+async fn counts_again(vm: &Vm, resets: usize) {
+    let since = |text: &str| text.split("pulse again").nth(resets).map(str::to_owned);
+    let counted = |text: &str| since(text).and_then(|t| last(&t, "pulse pass=")).unwrap_or(0) > 3;
+    let text = vm.until(counted).await;
+    assert_healthy(&since(&text).unwrap());
+}
+
+#[tokio::test]
+async fn a_guest_that_resets_itself_is_started_anew() {
+    let vm = pulse(128 * MIB, 2, "hot=4M static=8M").await;
+    counts_again(&vm, 0).await;
+    let kernel = || file_of(pulse::ELF);
+    let refused = vm.child.reboot(kernel(), None).await.unwrap_err();
+    assert!(refused.to_string().contains("cannot reboot"), "{refused}");
+    for resets in 1..3 {
+        vm.child.console_input(&b"reset\n"[..]).await.unwrap();
+        assert_eq!(stopped(&vm.child).await, GuestStopKind::Reset);
+        assert!(vm.child.run().await.is_err());
+        vm.child.reboot(kernel(), None).await.unwrap();
+        assert_eq!(*vm.child.states().borrow(), ChildState::Paused);
+        vm.child.run().await.unwrap();
+        counts_again(&vm, resets).await;
+    }
+    vm.child.kill().await;
+}
+
+#[tokio::test]
+async fn what_a_reset_took_from_memory_counts_as_written() {
+    let vm = pulse(128 * MIB, 1, "hot=4M static=8M").await;
+    counts_again(&vm, 0).await;
+    vm.child.dirty_start(false).await.unwrap();
+    let all = vm.child.dirty_read().await.unwrap();
+    vm.child.dirty_clear(&all).await.unwrap();
+    vm.child.console_input(&b"reset\n"[..]).await.unwrap();
+    assert_eq!(stopped(&vm.child).await, GuestStopKind::Reset);
+    vm.child.reboot(file_of(pulse::ELF), None).await.unwrap();
+    let written = vm.child.dirty_read().await.unwrap();
+    let region = StreamKey(0);
+    assert_eq!(written.get(region).unwrap().count(), 128 * MIB / PAGE_SIZE);
+    let populated = vm.child.mapping().populated(region).unwrap().count();
+    assert!(populated < 4 * MIB / PAGE_SIZE, "{populated} pages hold memory");
+    vm.child.kill().await;
+}
+
+#[rustfmt::skip]
+const LISTENS_TO_THE_BUTTON: [u8; 46] = [
+    0xbf, 0x00, 0x00, 0xc0, 0xfe,             // mov edi, 0xfec00000: the IOAPIC
+    0xc7, 0x07, 0x2c, 0x00, 0x00, 0x00,       // select the low half of pin 14
+    0xc7, 0x47, 0x10, 0x3e, 0x00, 0x00, 0x00, // vector 0x3e, edge, not masked
+    0x66, 0xba, 0xf8, 0x03,                   // mov dx, 0x3f8: COM1
+    0xb0, 0x52, 0xee, 0xb0, 0x0a, 0xee,       // mov al, 'R'; out dx, al; and a newline
+    0x66, 0xba, 0x02, 0x06,                   // mov dx, 0x602: the register of events
+    0xec, 0xa8, 0x01, 0x74, 0xfb,             // in al, dx; test al, 1; jz back to the in
+    0x66, 0xba, 0x00, 0x06,                   // mov dx, 0x600: the sleep control register
+    0xb0, 0x34, 0xee, 0xf4, 0xf4,             // mov al, 0x34; out dx, al; hlt
+];
+
+#[tokio::test]
+async fn a_guest_that_listens_to_its_power_button_switches_itself_off() {
+    let vm = spawn(config(64 * MIB, 1, ""), Some(&kernel_of(&LISTENS_TO_THE_BUTTON))).await;
+    vm.child.boot().await.unwrap();
+    let deaf = vm.child.power_button().await.unwrap_err();
+    assert!(deaf.to_string().contains("--force"), "{deaf}");
+    vm.child.run().await.unwrap();
+    vm.until(|text| text.contains('R')).await;
+    vm.child.power_button().await.unwrap();
+    assert_eq!(stopped(&vm.child).await, GuestStopKind::Shutdown);
+    assert!(vm.child.power_button().await.is_err());
+    vm.child.kill().await;
+}
+
+#[tokio::test]
+async fn a_press_that_the_guest_has_not_seen_travels_with_it() {
+    let of = config(64 * MIB, 1, "");
+    let vm = spawn(of.clone(), Some(&kernel_of(&LISTENS_TO_THE_BUTTON))).await;
+    vm.child.boot().await.unwrap();
+    vm.child.run().await.unwrap();
+    vm.until(|text| text.contains('R')).await;
+    vm.child.pause().await.unwrap();
+    vm.child.power_button().await.unwrap();
+    let state = vm.child.save().await.unwrap();
+    let there = spawn(of, None).await;
+    copy_memory(&vm.child, &there.child);
+    there.child.restore(state).await.unwrap();
+    vm.child.kill().await;
+    there.child.run().await.unwrap();
+    assert_eq!(stopped(&there.child).await, GuestStopKind::Shutdown);
+    there.child.kill().await;
+}
+
+#[tokio::test]
+async fn a_vm_of_the_first_version_has_no_power_button() {
+    let old = VmConfig { version: 1, ..config(64 * MIB, 1, "") };
+    let vm = spawn(old, Some(pulse::ELF)).await;
+    vm.child.boot().await.unwrap();
+    let none = vm.child.power_button().await.unwrap_err();
+    assert!(none.to_string().contains("without a power button"), "{none}");
     vm.child.kill().await;
 }
 
@@ -462,7 +563,7 @@ fn own_kib(pid: u32) -> u64 {
 async fn a_child_takes_little_beyond_the_guests_memory() {
     let vm = pulse(256 * MIB, 2, "hot=1M static=64M cpus=2").await;
     vm.until(|t| last(t, "pulse pass=") >= Some(3)).await;
-    vm.child.dirty_start().await.unwrap();
+    vm.child.dirty_start(false).await.unwrap();
     vm.child.dirty_read().await.unwrap();
     let own = own_kib(vm.child.pid());
     println!("{own} KiB");

@@ -54,6 +54,10 @@ impl Console {
         match line {
             b"shutdown" => {
                 say!("pulse bye");
+                port::power_off();
+            }
+            b"reset" => {
+                say!("pulse again");
                 port::reset();
             }
             b"triple" => port::triple_fault(),

@@ -62,7 +62,7 @@ fn prepare(start_info: u64, clock: &Clock) -> (&'static Settings, &'static Plan)
     let boot = unsafe { pvh::Boot::read(start_info) }.unwrap_or_else(|what| stop(what));
     let settings = Settings::parse(boot.command_line()).unwrap_or_else(|bad| {
         say!("pulse error: {}= has a value that cannot be used", bad.0);
-        port::reset()
+        port::power_off()
     });
     let ram = boot.ram();
     let plan = Plan::new(&settings, ram).unwrap_or_else(|misfit| {
@@ -71,7 +71,7 @@ fn prepare(start_info: u64, clock: &Clock) -> (&'static Settings, &'static Plan)
             misfit.wanted,
             misfit.usable
         );
-        port::reset()
+        port::power_off()
     });
     if clock.hz() == 0 {
         stop("no kvmclock and no PIT: the TSC's rate cannot be known")
@@ -86,7 +86,7 @@ fn prepare(start_info: u64, clock: &Clock) -> (&'static Settings, &'static Plan)
     // SAFETY: alone, once; the loader's structures below 1 MiB were read to the end.
     if let Err(cpu) = unsafe { smp::start(settings.cpus, clock) } {
         say!("pulse error: vCPU {cpu} does not start");
-        port::reset()
+        port::power_off()
     }
     memory::fill(&plan.fixed, settings.seed);
     memory::fill(&plan.hot[0], settings.seed);
@@ -273,11 +273,11 @@ impl Report {
 /// Ends the machine with a reason.
 fn stop(what: &str) -> ! {
     say!("pulse error: {what}");
-    port::reset()
+    port::power_off()
 }
 
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo) -> ! {
     say!("pulse error: {info}");
-    port::reset()
+    port::power_off()
 }

@@ -54,6 +54,7 @@ pub fn inspection(inspection: &Inspection) -> String {
         ("note", note(workload)),
         ("epoch", workload.epoch.to_string()),
         ("cpus", workload.cpus.to_string()),
+        ("cpu model", cpu_model(inspection)),
         ("memory", show_bytes(workload.memory_bytes)),
         ("memory touched", show_bytes(inspection.memory_populated_bytes)),
         ("vmm overhead", show_bytes(inspection.vmm_overhead_bytes)),
@@ -64,12 +65,27 @@ pub fn inspection(inspection: &Inspection) -> String {
         ("log", show_bytes(inspection.log_bytes)),
         ("log dropped", show_bytes(inspection.log_dropped_bytes)),
     ];
+    facts.extend(inspection.disks.iter().map(|disk| {
+        let how = if disk.read_only { " (read-only)" } else { "" };
+        ("disk", format!("{}{how}", disk.path))
+    }));
+    facts.extend(inspection.nets.iter().map(|net| {
+        let bridge = net.bridge.as_ref().map_or_else(String::new, |b| format!(" in {b}"));
+        ("network", format!("{}{bridge}, {}", net.tap, net.mac))
+    }));
     facts.retain(|(label, value)| *label != "note" || !value.is_empty());
     let mut text = aligned(&facts);
     if let Some(last) = &inspection.last_migration {
         text.push_str(&format!("\nlast migration:\n{}", migration(last)));
     }
     text
+}
+
+fn cpu_model(inspection: &Inspection) -> String {
+    match &inspection.cpu {
+        Some(cpu) => format!("{} ({} features)", cpu.name, cpu.features.len()),
+        None => "that of its first host".to_owned(),
+    }
 }
 
 /// The summary at the end of a migration.
@@ -197,6 +213,7 @@ pub fn hosts(hosts: &[Host]) -> String {
         "FREE",
         "RESERVED",
         "KVM",
+        "CPU",
         "WORKLOADS",
     ]);
     for host in hosts {
@@ -210,10 +227,11 @@ pub fn hosts(hosts: &[Host]) -> String {
             show_bytes(host.memory_free_bytes),
             show_bytes(host.memory_reserved_bytes),
             if host.kvm { "yes".to_owned() } else { plain(&kvm) },
+            host.cpu.as_ref().map_or_else(|| "-".to_owned(), |cpu| plain(&cpu.vendor)),
             host.workloads.to_string(),
         ]);
     }
-    align_right(&mut table, &[3, 4, 5, 6, 8]);
+    align_right(&mut table, &[3, 4, 5, 6, 9]);
     trimmed(&table)
 }
 

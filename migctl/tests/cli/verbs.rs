@@ -18,6 +18,7 @@ fn some() -> Fake {
     let inspect = Some(InspectReply {
         workload: Some(workload("web", WorkloadState::Running)),
         kernel: "/k".into(),
+        cpu: Some(CpuOrder { name: "rack".into(), features: vec!["avx2".into()] }),
         last_migration: Some(result(MigrationOutcome::Completed)),
         ..Default::default()
     });
@@ -26,6 +27,12 @@ fn some() -> Fake {
         version: "9.9.9".into(),
         protocol: 1,
         kvm: true,
+        cpu: Some(HostCpu {
+            vendor: "GenuineIntel".into(),
+            features: vec!["avx2".into()],
+            tsc_khz: 2_300_000,
+            tsc_scaling: true,
+        }),
         ..Default::default()
     };
     Fake::start(Script { workloads, inspect, host, ..Script::default() })
@@ -67,7 +74,9 @@ fn inspect_shows_the_last_migration() {
     let object = fake.migctl(&["-o", "json", "inspect", "web"]).object();
     assert_eq!(object["last_migration"]["downtime_ms"], 9.1);
     assert_eq!((&object["vmm_pid"], &object["initrd"]), (&json!(null), &json!(null)));
-    assert!(fake.migctl(&["inspect", "web"]).stdout.contains("web now runs at b:1"));
+    assert_eq!(object["cpu"], json!({"name": "rack", "features": ["avx2"]}));
+    let text = fake.migctl(&["inspect", "web"]).stdout;
+    assert!(text.contains("web now runs at b:1") && text.contains("rack (1 features)"), "{text}");
 }
 
 #[test]
@@ -87,6 +96,35 @@ fn paths_are_sent_absolute() {
 }
 
 #[test]
+fn cpu_models_are_sent_by_name_and_lists_by_what_they_name() {
+    let fake = some();
+    let directory = tempfile::tempdir().unwrap();
+    let list = directory.path().join("rack-1.txt");
+    std::fs::write(&list, "# ours\navx2\n\nfma # since Haswell\n").unwrap();
+    let list = list.display().to_string();
+    let run = |cpu: &[&str]| {
+        let args = ["run", "vm1", "--kernel", "k", "--memory", "1G"];
+        fake.migctl(&[&args[..], cpu].concat())
+    };
+    for cpu in [&[][..], &["--cpu", "baseline"], &["--cpu", &list]] {
+        assert_eq!(run(cpu).status, 0, "{cpu:?}");
+    }
+    let missing = run(&["--cpu", "/nonexistent/list"]);
+    assert_eq!(missing.status, 2);
+    assert!(missing.stderr.contains("/nonexistent/list can't be read"), "{}", missing.stderr);
+    let requests = fake.requests();
+    let models = [
+        r#"CpuOrder { name: "host", features: [] }"#,
+        r#"CpuOrder { name: "baseline", features: [] }"#,
+        r#"CpuOrder { name: "rack-1", features: ["avx2", "fma"] }"#,
+    ];
+    assert_eq!(requests.len(), models.len());
+    for (request, model) in requests.iter().zip(models) {
+        assert!(request.contains(model), "{model} in {request}");
+    }
+}
+
+#[test]
 fn verbs_that_change_a_workload_show_it() {
     let fake = some();
     for args in [&["pause", "web"][..], &["resume", "web"], &["stop", "web", "--force"]] {
@@ -94,6 +132,10 @@ fn verbs_that_change_a_workload_show_it() {
         assert_eq!((run.status, &run.object()["workload"]["name"]), (0, &json!("web")));
     }
     assert!(fake.requests().iter().any(|r| r.contains("force: true")));
+    assert_eq!(fake.migctl(&["stop", "web", "--timeout", "90s"]).status, 0);
+    let asked = |r: &String| r.contains("force: false") && r.contains("timeout_ms: 90000");
+    assert!(fake.requests().iter().any(asked));
+    assert_eq!(fake.migctl(&["stop", "web", "--force", "--timeout", "90s"]).status, 2);
     assert_eq!(fake.migctl(&["-o", "json", "rm", "db"]).object(), json!({"removed": "db"}));
     let cancel = fake.migctl(&["-o", "json", "cancel", "web"]).object();
     assert_eq!(cancel, json!({"workload": "web", "migration_id": "m-1", "cancelling": true}));
@@ -120,6 +162,10 @@ fn hosts_and_versions_are_told() {
     let hosts = fake.migctl(&["-o", "json", "hosts", "b:1"]).object();
     assert_eq!(hosts["hosts"].as_array().unwrap().len(), 2);
     assert_eq!(hosts["hosts"][1]["address"], "b:1");
+    let cpu = json!({"vendor": "GenuineIntel", "tsc_khz": 2_300_000, "tsc_scaling": true,
+                     "features": ["avx2"]});
+    assert_eq!(hosts["hosts"][0]["cpu"], cpu);
+    assert!(fake.migctl(&["hosts"]).stdout.contains("GenuineIntel"));
     let version = fake.migctl(&["-o", "json", "version"]).object();
     assert_eq!(version["daemon"], json!({"address": "a:1", "version": "9.9.9", "protocol": 1}));
     assert_eq!(version["client"]["version"], env!("CARGO_PKG_VERSION"));

@@ -14,7 +14,7 @@ use crate::migration::journal::Identity;
 use crate::registry::{Registry, State};
 use crate::units::{HostId, WorkloadId, unix_ms};
 use crate::wire::Peers;
-use crate::workload::vm::{VmEngine, streams};
+use crate::workload::vm::{VmEngine, cpu, streams};
 use crate::workload::{Kind, Manifest};
 
 /// The control service of this host.
@@ -51,6 +51,8 @@ impl ControlService {
     async fn host_itself(&self) -> Result<proto::HostReply, Status> {
         let (total, free, reserved) = self.registry.memory();
         let problem = VmEngine::problem();
+        // Without KVM nothing is known of what guests could have.
+        let cpu = cpu::host().await.ok();
         Ok(proto::HostReply {
             host_id: self.registry.host_id().to_string(),
             address: self.here().to_owned(),
@@ -64,6 +66,12 @@ impl ControlService {
             kvm: problem.is_none(),
             kvm_problem: problem.unwrap_or_default(),
             workloads: u32::try_from(self.registry.count()).unwrap_or(u32::MAX),
+            cpu: cpu.map(|cpu| proto::HostCpu {
+                vendor: cpu.vendor(),
+                features: cpu.names(),
+                tsc_khz: cpu.tsc_khz(),
+                tsc_scaling: cpu.scaling(),
+            }),
         })
     }
 }
@@ -92,7 +100,11 @@ impl Control for ControlService {
         request: Request<proto::RunRequest>,
     ) -> Result<Response<proto::Workload>, Status> {
         let request = request.into_inner();
-        let new = orders::new_vm(self.here(), &request)?;
+        let mut new = orders::new_vm(self.here(), &request)?;
+        new.cpu = Some(orders::cpu_model(self.here(), request.cpu.as_ref()).await?);
+        let measured = self.vms.measure(&mut new).await;
+        measured.map_err(|e| invalid(self.here(), e.to_string()))?;
+        new.check().map_err(|e| invalid(self.here(), e.to_string()))?;
         let id = WorkloadId::random();
         let streams = streams(new.memory_bytes);
         let manifest = Manifest {
@@ -109,7 +121,7 @@ impl Control for ControlService {
         let claim = self.registry.claim_new(&manifest).map_err(|e| self.refused(&e))?;
         let (registry, vms) = (self.registry.clone(), self.vms.clone());
         let created = to_the_end(async move {
-            let vm = vms.create(id, &new).await;
+            let vm = vms.create(id, &manifest.name, &new).await;
             let vm = vm.map_err(|e| status::workload(registry.here(), &e))?;
             let identity: Identity = crate::migration::destination::identity(&manifest);
             let created = registry.create(identity, vm).await;
@@ -139,6 +151,7 @@ impl Control for ControlService {
         let footprint = self.registry.footprint(&name).await.unwrap_or_default();
         let last = self.registry.last_report(&name).unwrap_or_default();
         let config = proto::VmConfig::decode(status.identity.config.as_slice()).unwrap_or_default();
+        let cpu = cpu::order(&config);
         Ok(Response::new(proto::InspectReply {
             workload: Some(convert::workload(&status)),
             kernel: config.kernel,
@@ -150,9 +163,9 @@ impl Control for ControlService {
             log_bytes: footprint.log_bytes,
             log_dropped_bytes: footprint.log_dropped_bytes,
             last_migration: last.map(|report| convert::report(&report, status.identity.kind)),
-            disks: Vec::new(),
-            nets: Vec::new(),
-            cpu: None,
+            disks: config.disks.into_iter().map(convert::disk).collect(),
+            nets: config.nets.into_iter().map(convert::net).collect(),
+            cpu,
         }))
     }
 
@@ -259,7 +272,13 @@ impl Control for ControlService {
         &self,
         request: Request<proto::StopRequest>,
     ) -> Result<Response<proto::Workload>, Status> {
-        self.workload(self.registry.stop(&request.into_inner().name).await)
+        let proto::StopRequest { name, force, timeout_ms } = request.into_inner();
+        let stopped = if force {
+            self.registry.stop(&name).await
+        } else {
+            self.registry.ask_to_end(&name, orders::patience(timeout_ms)).await
+        };
+        self.workload(stopped)
     }
 
     async fn remove(
@@ -359,6 +378,7 @@ impl Control for ControlService {
             kvm: found.kvm,
             kvm_problem: found.kvm_problem,
             workloads: found.workloads,
+            cpu: None,
         }))
     }
 }

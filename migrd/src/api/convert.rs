@@ -48,6 +48,18 @@ pub(super) fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
+/// A disk as a user ordered it.
+pub(super) fn disk(disk: proto::DiskConfig) -> proto::DiskOrder {
+    let proto::DiskConfig { path, read_only, bytes: _ } = disk;
+    proto::DiskOrder { path, read_only }
+}
+
+/// A network interface as a user could have ordered it.
+pub(super) fn net(net: proto::NetConfig) -> proto::NetOrder {
+    let proto::NetConfig { tap, bridge, mac } = net;
+    proto::NetOrder { tap, bridge, mac }
+}
+
 /// A rate in whole bytes a second.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn whole(rate: f64) -> u64 {

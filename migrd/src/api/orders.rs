@@ -12,10 +12,13 @@ use crate::migration::link::Peer;
 use crate::migration::phase::Mode;
 use crate::migration::source;
 use crate::wire::Peers;
-use crate::workload::vm::NewVm;
+use crate::workload::vm::cpu::{self, CpuOrderError};
+use crate::workload::vm::{NewVm, nets};
 
 /// The longest stop that is planned for unless the user says otherwise.
 const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
+/// How long a guest that was asked to end may take unless the user says otherwise.
+const DEFAULT_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest command line of a guest that is taken, in bytes.
 const MAX_CMDLINE: usize = 64 << 10;
 
@@ -58,6 +61,14 @@ pub(super) fn migration(
     Ok((peer, source::Request { mode, max_downtime, timeout, verify, copy_disks }))
 }
 
+/// How long to wait for a guest that was asked to end; 0: the default.
+pub(super) fn patience(timeout_ms: u64) -> Duration {
+    match timeout_ms {
+        0 => DEFAULT_PATIENCE,
+        ms => Duration::from_millis(ms),
+    }
+}
+
 /// A path that means the same for the daemon as for the user.
 pub(super) fn absolute(here: &str, what: &str, path: &str) -> Result<PathBuf, Status> {
     if path.is_empty() || !Path::new(path).is_absolute() {
@@ -67,7 +78,32 @@ pub(super) fn absolute(here: &str, what: &str, path: &str) -> Result<PathBuf, St
     Ok(PathBuf::from(path))
 }
 
-/// The VM that a user asks for.
+fn disk(here: &str, order: &proto::DiskOrder) -> Result<proto::DiskConfig, Status> {
+    let proto::DiskOrder { path, read_only } = order;
+    let path = absolute(here, "disk", path)?.display().to_string();
+    Ok(proto::DiskConfig { path, read_only: *read_only, bytes: 0 })
+}
+
+fn net(order: &proto::NetOrder) -> proto::NetConfig {
+    let proto::NetOrder { tap, bridge, mac } = order.clone();
+    let mut net = proto::NetConfig { tap, bridge, mac };
+    nets::complete(&mut net);
+    net
+}
+
+/// The CPUs that a user asks for, fixed for as long as the VM lives.
+pub(super) async fn cpu_model(
+    here: &str,
+    order: Option<&proto::CpuOrder>,
+) -> Result<proto::CpuModel, Status> {
+    cpu::model(order).await.map_err(|error| match error {
+        CpuOrderError::Senseless(error) => invalid(here, error.to_string()),
+        CpuOrderError::Host(error) => super::status::workload(here, &error),
+    })
+}
+
+/// The VM that a user asks for; its CPUs are still to be chosen, and whether it
+/// can be so is not checked yet.
 pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, Status> {
     if request.cmdline.len() > MAX_CMDLINE || request.cmdline.contains('\0') {
         let text = format!("the command line is longer than {MAX_CMDLINE} bytes or has a NUL");
@@ -83,7 +119,9 @@ pub(super) fn new_vm(here: &str, request: &proto::RunRequest) -> Result<NewVm, S
         cmdline: request.cmdline.clone(),
         memory_bytes: request.memory_bytes,
         cpus: request.cpus,
+        disks: request.disks.iter().map(|order| disk(here, order)).collect::<Result<_, _>>()?,
+        nets: request.nets.iter().map(net).collect(),
+        cpu: None,
     };
-    vm.check().map_err(|e| invalid(here, e.to_string()))?;
     Ok(vm)
 }

@@ -53,6 +53,8 @@ pub(super) fn registry(host: &str, error: &RegistryError) -> Status {
         RegistryError::BadName(_) => (Code::InvalidArgument, "BAD_NAME"),
         RegistryError::Busy { .. } => (Code::FailedPrecondition, "BUSY_MIGRATING"),
         RegistryError::WrongState { .. } => (Code::FailedPrecondition, "WRONG_STATE"),
+        RegistryError::StillRuns { .. } => (Code::DeadlineExceeded, "STILL_RUNS"),
+        RegistryError::Left { .. } => (Code::FailedPrecondition, "LEFT"),
         RegistryError::NotMigrating(_) => (Code::FailedPrecondition, "NOT_MIGRATING"),
         RegistryError::TooLate(_) => (Code::FailedPrecondition, "TOO_LATE"),
         RegistryError::NoRoom(_) => (Code::ResourceExhausted, "NO_MEMORY"),

@@ -89,6 +89,25 @@ pub enum RegistryError {
         /// What to do instead.
         hint: String,
     },
+    /// It was asked to end, and has not.
+    #[error(
+        "{name} was asked to end and has not after {seconds} s: wait longer with --timeout, or \
+         end it with `migctl stop {name} --force`"
+    )]
+    StillRuns {
+        /// The workload.
+        name: String,
+        /// How long it was waited for, in seconds.
+        seconds: f64,
+    },
+    /// It has moved while it was waited for.
+    #[error("{name} was asked to end and has moved to {to} meanwhile: see there")]
+    Left {
+        /// The workload.
+        name: String,
+        /// Where it is.
+        to: String,
+    },
     /// No migration is under way.
     #[error("no migration of {0} is under way")]
     NotMigrating(String),

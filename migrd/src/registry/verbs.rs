@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::owner::Command;
-use super::{FrozenWork, Registry, RegistryError, Status, Watching};
+use super::{FrozenWork, Registry, RegistryError, State, Status, Watching};
 use crate::migration::link::Peer;
 use crate::migration::phase::Report;
 use crate::migration::plan::{Plan, Question};
@@ -66,12 +66,42 @@ impl Registry {
         self.ask(name, |reply| Command::Pause(false, reply)).await
     }
 
-    /// Ends it.
+    /// Ends it at once.
     ///
     /// # Errors
     /// When it has ended, or is being migrated.
     pub async fn stop(&self, name: &str) -> Result<Status, RegistryError> {
         self.ask(name, Command::Stop).await
+    }
+
+    /// Asks it to end, and waits for that as long as `patience`. Its owner goes
+    /// on serving others meanwhile, so it may even be migrated.
+    ///
+    /// # Errors
+    /// When it has ended already, is being migrated, does not listen, has not
+    /// ended in time, or has left this host.
+    pub async fn ask_to_end(
+        &self,
+        name: &str,
+        patience: Duration,
+    ) -> Result<Status, RegistryError> {
+        let owner = self.owner(name)?;
+        let mut follow = owner.follow();
+        owner.ask(Command::AskToEnd).await?;
+        let over = |status: &Status| matches!(status.state, State::Stopped | State::Gone);
+        let waited = tokio::time::timeout(patience, follow.wait_for(over)).await;
+        let status = match waited {
+            Ok(Ok(status)) => status.clone(),
+            Ok(Err(_)) => return Err(RegistryError::ShuttingDown),
+            Err(_) => {
+                let seconds = patience.as_secs_f64();
+                return Err(RegistryError::StillRuns { name: name.to_owned(), seconds });
+            }
+        };
+        match status.state {
+            State::Gone => Err(RegistryError::Left { name: name.to_owned(), to: status.peer }),
+            _ => Ok(status),
+        }
     }
 
     /// Forgets it and drops everything this host holds of it.

@@ -30,7 +30,7 @@ impl LogStream {
     /// How a manifest announces it.
     #[must_use]
     pub fn spec(&self) -> StreamSpec {
-        StreamSpec { key: self.key, name: "serial-log".into(), length: LENGTH }
+        StreamSpec { key: self.key, name: "serial-log".into(), length: LENGTH, used: 0 }
     }
 
     /// BLAKE3 over the pages that are not zero, in ascending order: each page's
@@ -122,6 +122,10 @@ impl ChunkSource for LogStream {
             at += here as u64;
         }
         Ok(true)
+    }
+
+    fn waits(&self, _: StreamKey) -> bool {
+        false
     }
 }
 

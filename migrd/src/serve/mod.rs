@@ -27,7 +27,7 @@ use crate::migration::journal::{Journal, JournalError};
 use crate::registry::{Registry, Setup};
 use crate::wire::receive::{LaneDirectory, LaneService};
 use crate::wire::{Peers, incoming, server_settings};
-use crate::workload::vm::VmEngine;
+use crate::workload::vm::{Site, VmEngine};
 
 /// The largest message of a peer that is not a batch: the state of a VM.
 const MAX_PEER_MESSAGE: usize = 32 << 20;
@@ -116,8 +116,9 @@ pub async fn serve(
     let here = listener.local_addr().map_err(listening)?.to_string();
     let failed = |source| ServeError::StateDir { path: state.path.clone(), source };
     let journal = Journal::open(&state.path.join("journal.redb"))?;
-    let vms = VmEngine::new(state.path.join("vms")).map_err(failed)?;
     let host = journal.host_id()?;
+    let site = Site { host, address: here.clone() };
+    let vms = VmEngine::new(state.path.join("vms"), site).map_err(failed)?;
     let peers = Peers::new(&here, host);
     let down = CancellationToken::new();
     let found = peers.clone();

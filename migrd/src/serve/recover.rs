@@ -55,7 +55,7 @@ pub(super) async fn recover(
 impl Recovery<'_> {
     async fn run(&self, record: WorkloadRecord, paused: bool) {
         let identity = &record.identity;
-        match self.vms.find(identity.id, &identity.config, paused).await {
+        match self.vms.find(identity.id, &identity.name, &identity.config, paused).await {
             Ok(workload) => self.registry.take_in(record, Some(workload)),
             Err(error) => {
                 tracing::error!(workload = identity.name, %error, "it could not be taken back");
@@ -67,7 +67,11 @@ impl Recovery<'_> {
     async fn settle(&self, record: WorkloadRecord) {
         let Duty::Settle(to) = duty(&record) else { return };
         let identity = record.identity.clone();
-        let workload = match self.vms.find_released(identity.id, record.paused).await {
+        let workload = match self
+            .vms
+            .find_released(identity.id, &identity.name, record.paused)
+            .await
+        {
             Ok(workload) => workload,
             Err(error) => {
                 tracing::error!(workload = identity.name, %error, "its stopped copy is not usable");
@@ -89,7 +93,7 @@ impl Recovery<'_> {
 
     async fn wait(&self, record: WorkloadRecord) -> Result<(), JournalError> {
         let Duty::Await(sealed) = duty(&record) else { return Ok(()) };
-        let found = self.vms.find_sealed(record.identity.id).await;
+        let found = self.vms.find_sealed(record.identity.id, &record.identity.name).await;
         let found = match found {
             Ok(found) => found,
             Err(error) => {

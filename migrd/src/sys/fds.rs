@@ -12,7 +12,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// How many descriptors [`receive`] takes at most.
-const RECEIVE_MAX: usize = 4;
+const RECEIVE_MAX: usize = 16;
 
 /// Takes over the descriptor that the parent left open as `number`, once.
 ///
@@ -83,7 +83,7 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
 /// Receives bytes into `into` and the descriptors that came beside them.
 ///
 /// # Errors
-/// What recvmsg(2) says.
+/// What recvmsg(2) says, or when more descriptors came than are taken.
 pub fn receive(socket: impl AsFd, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = cmsg_space!([RawFd; RECEIVE_MAX]);
     let mut parts = [IoSliceMut::new(into)];

@@ -13,8 +13,8 @@ use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
-use vm_memory::GuestRegionMmap;
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::{GuestRegionMmap, MmapRegion};
 
 use super::memfd;
 use crate::pages::PageBitmap;
@@ -107,8 +107,9 @@ impl GuestMapping {
         unsafe { self.base.as_ptr().add(offset) }
     }
 
-    /// The pages of a stream that hold memory. All others read as zeros and
-    /// were never written; reading one would take memory for it.
+    /// The pages of a stream that hold memory, and those that did and were given
+    /// back since [`Self::forget`]. All others read as zeros; reading one through
+    /// the mapping would take memory for it.
     ///
     /// # Errors
     /// What lseek(2) says.
@@ -116,8 +117,9 @@ impl GuestMapping {
         let Some(extent) = self.extent(key) else { return Ok(PageBitmap::none(self.pages(key))) };
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let pages = known.entry(key).or_insert_with(|| PageBitmap::none(extent.length / PAGE_SIZE));
-        // Memory that was found once stays, so only the gaps are looked at: to
-        // look at everything costs some ms a GiB, and the guest may stand still.
+        // Memory that was found once is taken for held, so only the gaps are
+        // looked at: to look at everything costs some ms a GiB, and the guest may
+        // stand still. What a guest gives back meanwhile reads as zeros.
         let mut gaps = PageBitmap::all(pages.pages());
         gaps.subtract(pages);
         for gap in gaps.runs() {
@@ -131,6 +133,12 @@ impl GuestMapping {
             }
         }
         Ok(pages.clone())
+    }
+
+    /// Looks anew for the pages that hold memory, from now on: those that were
+    /// given back since are then not among [`Self::populated`] any more.
+    pub fn forget(&self) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Bytes of memory the guest has touched: those the file takes (stat(2),
@@ -216,9 +224,18 @@ impl ChunkSource for GuestMapping {
 
     fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
         let range = self.range(key, offset, length)?;
+        // What was given back must not take memory again for being read.
+        let end = range.offset + length;
+        if matches!(memfd::next_data(&self.file, range.offset, end), Ok(None)) {
+            return Ok(true);
+        }
         let length = usize::try_from(length).expect("checked against a mapped file");
         // SAFETY: `range` lies in the mapping.
         Ok(unsafe { all_zero(self.at(range), length) })
+    }
+
+    fn waits(&self, _: StreamKey) -> bool {
+        false
     }
 }
 
@@ -309,6 +326,25 @@ pub fn populate_region(region: &GuestRegionMmap<AtomicBitmap>, run: PageRun) {
     unsafe {
         libc::madvise(region.as_ptr().add(offset).cast(), length, libc::MADV_POPULATE_WRITE);
     }
+}
+
+/// Makes a whole region that the VMM has mapped zero and gives its memory back
+/// (madvise(2), `MADV_REMOVE`); every page counts as written by the VMM.
+///
+/// # Errors
+/// When the system refuses; what the region holds is then unspecified.
+pub fn clear_region(region: &GuestRegionMmap<AtomicBitmap>) -> io::Result<()> {
+    let (base, length) = (region.as_ptr(), region.size());
+    // SAFETY: the range is the region's own mapping, which is shared and backed
+    // by a memfd. Guest memory is only ever accessed as such, so that it
+    // changes is nothing new to anybody.
+    let result = unsafe { libc::madvise(base.cast(), length, libc::MADV_REMOVE) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mapping: &MmapRegion<AtomicBitmap> = region;
+    mapping.bitmap().set_addr_range(0, length);
+    Ok(())
 }
 
 /// [`advise`] for a region that the VMM has mapped.

@@ -12,10 +12,13 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::{Address, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, VolatileSlice,
+};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
+use super::memfd;
 use crate::units::PAGE_BYTES;
 
 #[allow(missing_docs)]
@@ -27,6 +30,32 @@ use number::KVM_CLEAR_DIRTY_LOG;
 
 /// Guest memory that records the VMM's own writes, page by page.
 pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+
+/// A piece of [`Memory`] that lies in one piece in the VMM too.
+pub type Slice<'m> = VolatileSlice<'m, BS<'m, AtomicBitmap>>;
+
+/// Takes the memory of whole pages from a range that is in `memory`. They read
+/// as zeros then, and count as written by the VMM.
+///
+/// # Errors
+/// What fallocate(2) says; a part may have been freed.
+pub fn free(memory: &Memory, start: GuestAddress, length: usize) -> io::Result<()> {
+    use vm_memory::GuestMemoryBackend;
+    for slice in memory.get_slices(start, length) {
+        let slice = slice.map_err(io::Error::other)?;
+        let host = slice.ptr_guard().as_ptr().addr();
+        let region = memory
+            .iter()
+            .find(|r| host.checked_sub(r.as_ptr().addr()).is_some_and(|offset| offset < r.size()));
+        let Some(region) = region else { continue };
+        let Some(file) = GuestMemoryRegion::file_offset(region) else { continue };
+        let offset = file.start() + (host - region.as_ptr().addr()) as u64;
+        memfd::punch(file.file(), offset, slice.len() as u64)?;
+        // After it, so that nobody takes the pages for clean in between.
+        slice.bitmap().mark_dirty(0, slice.len());
+    }
+    Ok(())
+}
 
 /// `/dev/kvm`, opened by somebody else.
 #[must_use]

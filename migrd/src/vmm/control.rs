@@ -1,9 +1,11 @@
 //! The child's main thread: serves the daemon, and outlives it.
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use migr_proto::v1::{self as proto, child_message, child_reply, child_request};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -24,6 +26,10 @@ pub const FAILED: u8 = b'E';
 /// What a daemon may leave unread before it counts as gone (bytes).
 const UNREAD_BYTES: usize = 2 * frame::FRAME_BYTES;
 
+/// Descriptors that may wait for the request they belong to: one for every
+/// device that a VM can have, and some.
+const WAITING_FDS: usize = 32;
+
 /// Kernel and initrd, until one of them or a snapshot was loaded.
 #[derive(Debug, Default)]
 pub struct Images {
@@ -37,7 +43,32 @@ pub struct Images {
 struct Daemon {
     socket: UnixStream,
     received: Vec<u8>,
+    /// What came beside the bytes, in order, and no request has used yet.
+    fds: VecDeque<OwnedFd>,
     unsent: Vec<u8>,
+}
+
+impl Daemon {
+    fn new(socket: UnixStream) -> Self {
+        Self { socket, received: Vec::new(), fds: VecDeque::new(), unsent: Vec::new() }
+    }
+
+    /// Reads once; says whether there is something new. At the end, or when it
+    /// sends what nobody may, this is an error of another kind than
+    /// `WouldBlock`.
+    fn read(&mut self) -> io::Result<()> {
+        let mut buffer = [0; 16 * 1024];
+        let (length, came) = fds::receive(&self.socket, &mut buffer)?;
+        if length == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        self.fds.extend(came);
+        if self.fds.len() > WAITING_FDS {
+            return Err(io::Error::other("more descriptors than any request has"));
+        }
+        self.received.extend_from_slice(buffer.get(..length).unwrap_or_default());
+        Ok(())
+    }
 }
 
 /// Whether to go on after a request.
@@ -114,13 +145,14 @@ impl Control {
         let shared: [BorrowedFd<'_>; 3] =
             [self.fds.memory.as_fd(), self.fds.log.as_fd(), self.fds.bell.as_fd()];
         if fds::send(&socket, &[READY], &shared).is_ok() {
-            self.daemon = Some(Daemon { socket, received: Vec::new(), unsent: Vec::new() });
+            self.daemon = Some(Daemon::new(socket));
         }
     }
 
     fn guest_ended(&mut self) {
         // It rang, so the counter is not zero; what it counts does not matter.
         let _ = self.ended.read();
+        self.machine.rest();
         self.machine.flush_console();
         self.tell_phase();
     }
@@ -163,12 +195,10 @@ impl Control {
 
     /// Reads what came and serves every whole request of it.
     fn receive(&mut self) -> Then {
-        let mut buffer = [0; 16 * 1024];
         loop {
             let Some(daemon) = &mut self.daemon else { return Then::Serve };
-            match daemon.socket.read(&mut buffer) {
-                Ok(0) => self.daemon = None,
-                Ok(length) => daemon.received.extend_from_slice(&buffer[..length]),
+            match daemon.read() {
+                Ok(()) => {}
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Then::Serve,
                 Err(_) => self.daemon = None,
@@ -208,18 +238,35 @@ impl Control {
         if quit { Then::Quit } else { Then::Serve }
     }
 
+    /// The next `count` descriptors that came, or as many as did. They are
+    /// taken whether the request can be served or not, as the next request has
+    /// its own.
+    fn take_files(&mut self, count: usize) -> Vec<File> {
+        let Some(daemon) = &mut self.daemon else { return Vec::new() };
+        let count = count.min(daemon.fds.len());
+        daemon.fds.drain(..count).map(File::from).collect()
+    }
+
     fn answer(
         &mut self,
         request: child_request::Request,
     ) -> Result<child_reply::Reply, MachineError> {
         use child_reply::Reply;
         use child_request::Request;
+        let files = match &request {
+            Request::Attach(proto::ChildAttach { backings }) => self.take_files(backings.len()),
+            Request::Reboot(proto::ChildReboot { initrd }) => {
+                self.take_files(1 + usize::from(*initrd))
+            }
+            _ => Vec::new(),
+        };
         let machine = &mut self.machine;
         match request {
             Request::Hello(proto::ChildHello {}) => {
                 let config = Some(machine.config().clone());
                 let status = Some(status(&machine.phase()));
-                return Ok(Reply::Hello(proto::ChildHelloReply { config, status }));
+                let attached = machine.attached();
+                return Ok(Reply::Hello(proto::ChildHelloReply { config, status, attached }));
             }
             Request::Boot(proto::ChildBoot {}) => {
                 let Images { kernel, mut initrd } = std::mem::take(&mut self.images);
@@ -233,7 +280,9 @@ impl Control {
             Request::Run(proto::ChildRun {}) => machine.run()?,
             Request::Pause(proto::ChildPause {}) => machine.pause()?,
             Request::Save(proto::ChildSave {}) => return Ok(Reply::Saved(machine.save()?)),
-            Request::DirtyStart(proto::ChildDirtyStart {}) => machine.dirty().start()?,
+            Request::DirtyStart(proto::ChildDirtyStart { disks }) => {
+                machine.dirty().start(disks)?
+            }
             Request::DirtyRead(proto::ChildDirtyRead {}) => {
                 return Ok(Reply::Dirty(to_wire(&machine.dirty().read()?)));
             }
@@ -243,12 +292,20 @@ impl Control {
             Request::ConsoleInput(bytes) => machine.input(&bytes)?,
             Request::Stats(proto::ChildStats {}) => return Ok(Reply::Stats(machine.stats())),
             Request::Quit(proto::ChildQuit {}) => {}
-            Request::Attach(_)
-            | Request::Detach(_)
-            | Request::Drain(_)
-            | Request::Undrain(_)
-            | Request::PowerButton(_)
-            | Request::Reboot(_) => return Err(MachineError::NoDevices),
+            Request::PowerButton(proto::ChildPowerButton {}) => machine.press_power_button()?,
+            Request::Reboot(proto::ChildReboot { initrd }) => {
+                let mut files = files.into_iter();
+                let mut kernel = files.next().ok_or(MachineError::NoDescriptor)?;
+                let mut next = || files.next().ok_or(MachineError::NoDescriptor);
+                let mut initrd = initrd.then(&mut next).transpose()?;
+                machine.reboot(&mut kernel, initrd.as_mut())?;
+            }
+            Request::Attach(proto::ChildAttach { backings }) => machine.attach(&backings, files)?,
+            Request::Detach(proto::ChildDetach {}) => machine.detach()?,
+            Request::Drain(proto::ChildDrain { limit_ms }) => {
+                machine.drain(Duration::from_millis(limit_ms.into()))?;
+            }
+            Request::Undrain(proto::ChildUndrain {}) => machine.undrain(),
         }
         Ok(Reply::Done(proto::ChildDone {}))
     }
@@ -280,6 +337,7 @@ fn status(phase: &Phase) -> proto::ChildStatus {
                 StopKind::TripleFault => proto::GuestStopKind::TripleFault,
                 StopKind::EmulationFailure => proto::GuestStopKind::EmulationFailure,
                 StopKind::InternalError => proto::GuestStopKind::InternalError,
+                StopKind::DeviceAbused => proto::GuestStopKind::DeviceAbused,
             }
             .into(),
             details: stop.details.clone(),

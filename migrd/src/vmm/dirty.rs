@@ -1,5 +1,5 @@
 //! Which pages of guest memory were written: by the guest, as KVM's log says,
-//! and by the VMM itself, which KVM does not see.
+//! and by the VMM itself, which KVM does not see. And which pages of its disks.
 
 use std::io;
 use std::sync::Arc;
@@ -7,10 +7,14 @@ use std::sync::Arc;
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
+use super::virtio::blk::log::DiskLog;
 use crate::pages::{PageBitmap, PageSet};
 use crate::sys::vm::Vm;
 use crate::units::PAGE_SIZE;
 use crate::workload::StreamKey;
+
+/// Number of the first disk's region.
+const FIRST_DISK: u32 = 128;
 
 /// Pages that one ioctl clears at most: it holds the MMU lock meanwhile.
 const CLEAR_PAGES: usize = 1 << 16;
@@ -45,21 +49,33 @@ pub struct DirtyLog {
     vm: Arc<Vm>,
     /// What the VMM wrote and nobody has cleared, a region each; `None` when off.
     own: Option<Vec<PageBitmap>>,
+    disks: Vec<Disk>,
+    /// Disks are asked for too.
+    with_disks: bool,
+}
+
+/// A disk, and what of it was written and nobody has cleared.
+#[derive(Debug)]
+struct Disk {
+    log: Arc<DiskLog>,
+    written: PageBitmap,
 }
 
 impl DirtyLog {
     /// Off at first.
     #[must_use]
-    pub fn new(vm: Arc<Vm>) -> Self {
-        Self { vm, own: None }
+    pub fn new(vm: Arc<Vm>, disks: Vec<Arc<DiskLog>>) -> Self {
+        let disk = |log| Disk { log, written: PageBitmap::default() };
+        Self { vm, own: None, disks: disks.into_iter().map(disk).collect(), with_disks: false }
     }
 
     /// Switches it on. At first every page is dirty
-    /// (`KVM_DIRTY_LOG_INITIALLY_SET`), and no page is protected.
+    /// (`KVM_DIRTY_LOG_INITIALLY_SET`), and no page is protected. `disks`: also
+    /// for those, whose maps may be large.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub fn start(&mut self) -> Result<(), DirtyError> {
+    pub fn start(&mut self, disks: bool) -> Result<(), DirtyError> {
         if self.own.is_some() {
             return Ok(());
         }
@@ -70,6 +86,13 @@ impl DirtyLog {
         }
         self.vm.log_dirty(true).map_err(kvm("switch on"))?;
         self.own = Some(own);
+        self.with_disks = disks;
+        if disks {
+            for disk in &mut self.disks {
+                disk.log.start();
+                disk.written = PageBitmap::all(disk.log.pages());
+            }
+        }
         Ok(())
     }
 
@@ -79,6 +102,10 @@ impl DirtyLog {
     /// When KVM refuses.
     pub fn stop(&mut self) -> Result<(), DirtyError> {
         self.own = None;
+        for disk in &mut self.disks {
+            disk.log.stop();
+            disk.written = PageBitmap::default();
+        }
         self.vm.log_dirty(false).map_err(kvm("switch off"))
     }
 
@@ -98,6 +125,11 @@ impl DirtyLog {
             dirty.union(own);
             set.set(StreamKey(slot), dirty);
         }
+        let disks = self.disks.iter_mut().filter(|_| self.with_disks);
+        for (key, disk) in (FIRST_DISK..).zip(disks) {
+            disk.written.union(&disk.log.take());
+            set.set(StreamKey(key), disk.written.clone());
+        }
         Ok(set)
     }
 
@@ -108,6 +140,14 @@ impl DirtyLog {
     pub fn clear(&mut self, pages: &PageSet) -> Result<(), DirtyError> {
         let own = self.own.as_mut().ok_or(DirtyError::Off)?;
         for (key, out) in pages.iter() {
+            if let Some(index) = key.0.checked_sub(FIRST_DISK) {
+                let disk = usize::try_from(index).ok().and_then(|i| self.disks.get_mut(i));
+                let disk = disk.ok_or(DirtyError::NoRegion(key.0))?;
+                disk.written.union(&disk.log.take());
+                let pages = disk.log.pages();
+                disk.written.subtract(&PageBitmap::from_words(out.words().to_vec(), pages));
+                continue;
+            }
             let none = DirtyError::NoRegion(key.0);
             let index = usize::try_from(key.0).ok().filter(|i| *i < own.len()).ok_or(none)?;
             let region = self.vm.memory().iter().nth(index).ok_or(DirtyError::NoRegion(key.0))?;

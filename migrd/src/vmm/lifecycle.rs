@@ -21,6 +21,8 @@ pub enum StopKind {
     EmulationFailure,
     /// KVM could not go on for another reason.
     InternalError,
+    /// The driver of a device did what no driver may.
+    DeviceAbused,
 }
 
 /// How a guest ended.
@@ -97,7 +99,7 @@ impl Lifecycle {
         self.lock().phase.clone()
     }
 
-    /// Something was loaded: from `Ready` to `Paused`.
+    /// Something was loaded, for the first time or after a reset: to `Paused`.
     pub fn loaded(&self) {
         self.lock().phase = Phase::Paused;
     }

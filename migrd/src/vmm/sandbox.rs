@@ -57,10 +57,11 @@ const EVERY_THREAD: &[i64] = &[
     libc::SYS_writev,
 ];
 
-/// The control thread reads kernels and talks to the daemon.
+/// The control thread reads kernels, closes disks and talks to the daemon.
 const CONTROL: &[i64] = &[
     libc::SYS_accept4,
     libc::SYS_close,
+    libc::SYS_fdatasync,
     libc::SYS_fstat,
     libc::SYS_statx,
     libc::SYS_lseek,
@@ -69,6 +70,7 @@ const CONTROL: &[i64] = &[
     libc::SYS_pread64,
     libc::SYS_readv,
     libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
 ];
@@ -86,6 +88,21 @@ const CONSOLE: &[i64] = &[
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
     libc::SYS_statx,
+];
+
+/// A device's thread uses the files behind devices and waits for them.
+const DEVICE: &[i64] = &[
+    libc::SYS_close,
+    libc::SYS_fallocate,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_readv,
 ];
 
 /// No more privileges, no core dumps, no tracing by others, few descriptors.
@@ -114,6 +131,14 @@ pub fn confine_vcpu() -> Result<(), SandboxError> {
 /// When the kernel refuses.
 pub fn confine_control() -> Result<(), SandboxError> {
     confine(CONTROL, true)
+}
+
+/// Confines the calling thread to what a device's thread needs.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn confine_device() -> Result<(), SandboxError> {
+    confine(DEVICE, false)
 }
 
 /// Confines the calling thread to what the console thread needs.

@@ -7,6 +7,9 @@ use migr_proto::v1 as proto;
 use prost::Message;
 use vm_superio::serial::SerialState;
 
+use super::bus::Platform;
+use super::devices::clock_chip::ClockChip;
+use super::devices::power_button::PowerButton;
 use super::lifecycle::Phase;
 use super::machine::{Machine, MachineError};
 use super::snapshot::{self, SnapshotError, VmClock, state};
@@ -25,7 +28,7 @@ impl Machine {
             Phase::Paused | Phase::Stopped(_) => {}
             phase => return Err(MachineError::Phase { what: "save", phase }),
         }
-        self.wait_until_still();
+        self.wait_until_still()?;
         let save = failed("save the VM");
         let clock = VmClock::read(self.vm_fd()).map_err(&save)?;
         let devices = snapshot::save_vm(self.vm_fd(), clock).map_err(&save)?;
@@ -36,7 +39,7 @@ impl Machine {
         }
         let (serial, pending) = self.bus().serial().state();
         let state = proto::VmState {
-            version: state::VERSION,
+            version: self.config().version,
             config: Some(self.config().clone()),
             devices: Some(devices),
             vcpus,
@@ -45,9 +48,9 @@ impl Machine {
             pending_serial_input: pending.into(),
             // Whether its user paused it is known to the daemon, not here.
             paused: false,
-            virtio: Vec::new(),
-            clock_chip: None,
-            power: None,
+            virtio: self.virtio().save(),
+            clock_chip: self.bus().platform().map(|p| p.clock().state()),
+            power: self.bus().platform().map(|p| power_to_wire(p.button())),
         };
         Ok(state.encode_to_vec().into())
     }
@@ -74,12 +77,16 @@ impl Machine {
             i8042,
             pending_serial_input,
             paused: _,
-            virtio: _,
-            clock_chip: _,
-            power: _,
+            virtio,
+            clock_chip,
+            power,
         } = decoded;
         let proto::I8042State {} = i8042.unwrap_or_default();
         self.expect_same(&config.unwrap_or_default(), vcpus.len())?;
+        let virtio = self.virtio().check(&virtio)?;
+        for vcpu in &vcpus {
+            self.cpu().check(vcpu).map_err(&restore)?;
+        }
         let devices = devices.unwrap_or_default();
         let clock = snapshot::restore_clock(self.vm_fd(), &devices).map_err(&restore)?;
         for (vcpu, state) in self.vcpus().iter().zip(&vcpus) {
@@ -89,12 +96,19 @@ impl Machine {
         // After the chips: it raises its interrupt again if one is pending.
         let serial = serial_from_wire(serial.unwrap_or_default())?;
         self.bus().serial().restore(&serial, pending_serial_input.into())?;
+        if let Some(platform) = self.bus().platform() {
+            restore_platform(platform, &clock_chip.unwrap_or_default(), power.unwrap_or_default())?;
+        }
+        self.virtio().restore(virtio)?;
         self.loaded();
         Ok(())
     }
 
     fn expect_same(&self, of: &proto::VmConfig, vcpus: usize) -> Result<(), MachineError> {
         let own = self.config();
+        if of.version != own.version {
+            return Err(MachineError::OtherVersion { version: of.version, own: own.version });
+        }
         let same = of.memory_bytes == own.memory_bytes && of.cpus == own.cpus;
         if same && vcpus == self.vcpus().len() {
             return Ok(());
@@ -106,6 +120,26 @@ impl Machine {
             own_cpus: own.cpus,
         })
     }
+}
+
+fn power_to_wire(button: &PowerButton) -> proto::PowerState {
+    proto::PowerState { button_pending: button.is_pressed() }
+}
+
+/// After the chips: a press that the guest has not seen raises its interrupt
+/// again, because the first may have been on its way at the save.
+fn restore_platform(
+    platform: &Platform,
+    clock: &proto::ClockChipState,
+    power: proto::PowerState,
+) -> Result<(), MachineError> {
+    let proto::PowerState { button_pending } = power;
+    *platform.clock() = ClockChip::restored(clock)?;
+    if button_pending {
+        let what = "raise the power button's interrupt";
+        platform.button().press().map_err(|source| MachineError::System { what, source })?;
+    }
+    Ok(())
 }
 
 /// Tells the guest that it stood still, if it has kvmclock.

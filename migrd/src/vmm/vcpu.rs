@@ -137,13 +137,15 @@ impl Vcpu {
                 bus.read_port(port, data);
                 Next::Enter
             }
-            Ok(VcpuExit::MmioRead(_, data)) => {
-                data.fill(0xff);
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                bus.read_memory(address, data);
                 Next::Enter
             }
-            Ok(VcpuExit::MmioWrite(..) | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => {
-                Next::Enter
-            }
+            Ok(VcpuExit::MmioWrite(address, data)) => match bus.write_memory(address, data) {
+                Some(ended) => Next::Stop(ended),
+                None => Next::Enter,
+            },
+            Ok(VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => Next::Enter,
             Ok(VcpuExit::Intr) => Next::Look,
             Ok(VcpuExit::Hlt) => stop(StopKind::Shutdown),
             Ok(VcpuExit::Shutdown) => stop(StopKind::TripleFault),

@@ -26,6 +26,7 @@ pub fn manifest_to_wire(manifest: &Manifest) -> proto::Manifest {
         key: spec.key.0,
         name: spec.name.clone(),
         length: spec.length,
+        used: spec.used,
     };
     proto::Manifest {
         workload_id: workload.to_string(),
@@ -68,6 +69,7 @@ pub fn manifest_from_wire(manifest: proto::Manifest) -> Result<Manifest, String>
         key: StreamKey(spec.key),
         name: spec.name,
         length: spec.length,
+        used: spec.used,
     };
     Ok(Manifest {
         workload,

@@ -41,6 +41,7 @@ impl Memory {
             key: *key,
             name: "memory".into(),
             length: bytes.len() as u64,
+            used: 0,
         };
         streams.iter().map(spec).collect()
     }
@@ -69,6 +70,10 @@ impl ChunkSource for Memory {
 
     fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
         self.with(key, offset, length, |bytes| bytes.iter().all(|b| *b == 0))
+    }
+
+    fn waits(&self, _: StreamKey) -> bool {
+        false
     }
 }
 

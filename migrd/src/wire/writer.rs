@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use super::batch::{Encoded, Filler};
 use super::limits::{MAX_IN_FLIGHT, STALL};
 use crate::units::PageRun;
+use crate::workload::storage::waiting;
 use crate::workload::{ChunkSource, StreamKey};
 
 /// What one lane counts.
@@ -47,6 +48,7 @@ async fn in_time<T, E>(progress: impl Future<Output = Result<T, E>>) -> Result<T
 
 /// The sending half of a lane.
 pub(super) struct Writer {
+    source: Arc<dyn ChunkSource>,
     filler: Filler,
     /// Dropped before `frames`: that the lane ended in order is known by it.
     acked: watch::Receiver<u64>,
@@ -65,8 +67,8 @@ impl Writer {
         acked: watch::Receiver<u64>,
         counters: Arc<Counters>,
     ) -> Self {
-        let filler = Filler::new(source);
-        Self { filler, frames, acked, in_flight: VecDeque::new(), counters }
+        let filler = Filler::new(source.clone());
+        Self { source, filler, frames, acked, in_flight: VecDeque::new(), counters }
     }
 
     /// Does the jobs of `queue` until it ends; each page sent makes room for
@@ -106,7 +108,13 @@ impl Writer {
     async fn pages(&mut self, key: StreamKey, run: PageRun) -> Result<(), Stopped> {
         let mut rest = Some(run);
         while let Some(run) = rest {
-            rest = self.filler.add(key, run).map_err(Stopped::Source)?;
+            let filler = &mut self.filler;
+            let added = if self.source.waits(key) {
+                waiting(|| filler.add(key, run))
+            } else {
+                filler.add(key, run)
+            };
+            rest = added.map_err(Stopped::Source)?;
             if self.filler.is_full() {
                 self.send_batch().await?;
             }

@@ -251,6 +251,10 @@ impl ChunkSource for Guest {
         let range = self.range(key, offset, length)?;
         Ok(self.memory()[range].iter().all(|b| *b == 0))
     }
+
+    fn waits(&self, _: StreamKey) -> bool {
+        false
+    }
 }
 
 impl ChunkSink for Guest {
@@ -303,7 +307,7 @@ impl Terminal for Silent {
 impl Workload for FakeWorkload {
     fn streams(&self) -> Vec<StreamSpec> {
         let length = self.0.memory().len() as u64;
-        vec![StreamSpec { key: STREAM, name: "fake".into(), length }]
+        vec![StreamSpec { key: STREAM, name: "fake".into(), length, used: 0 }]
     }
 
     fn chunks(&self) -> Arc<dyn ChunkSource> {

@@ -4,6 +4,7 @@
 //! migration moves chunks of numbered streams and never knows what one means.
 //! May not touch tonic or the phases of a migration.
 
+pub mod storage;
 pub mod vm;
 
 use std::sync::Arc;
@@ -28,6 +29,9 @@ pub struct StreamSpec {
     pub name: String,
     /// Length in bytes, a multiple of the page size.
     pub length: u64,
+    /// How many bytes of it need room on a disk at the destination, about; 0
+    /// for what needs none.
+    pub used: u64,
 }
 
 /// A workload could not do what was asked of it. It still is what it was
@@ -83,6 +87,9 @@ pub trait ChunkSource: Send + Sync {
     /// # Errors
     /// When the stream has no such bytes.
     fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream>;
+
+    /// Whether reading that stream may have to wait for storage.
+    fn waits(&self, key: StreamKey) -> bool;
 }
 
 /// Where the bytes of a workload's streams are put at the destination.

@@ -6,6 +6,7 @@ mod names;
 use migr_proto::v1;
 use serde::Serialize;
 
+use crate::units::show_mac;
 pub use migration::{Blocker, Migration, MigrationFailure, Outcome, Plan, Progress};
 use names::state;
 pub use names::{kind, mode, phase};
@@ -44,6 +45,35 @@ impl From<v1::Workload> for Workload {
     }
 }
 
+/// A disk of a workload, in `inspect`.
+#[derive(Debug, Serialize)]
+pub struct Disk {
+    pub path: String,
+    pub read_only: bool,
+}
+
+impl From<v1::DiskOrder> for Disk {
+    fn from(from: v1::DiskOrder) -> Self {
+        let v1::DiskOrder { path, read_only } = from;
+        Self { path, read_only }
+    }
+}
+
+/// A network interface of a workload, in `inspect`.
+#[derive(Debug, Serialize)]
+pub struct Net {
+    pub tap: String,
+    pub bridge: Option<String>,
+    pub mac: String,
+}
+
+impl From<v1::NetOrder> for Net {
+    fn from(from: v1::NetOrder) -> Self {
+        let v1::NetOrder { tap, bridge, mac } = from;
+        Self { tap, bridge: filled(bridge), mac: show_mac(&mac) }
+    }
+}
+
 /// `inspect`.
 #[derive(Debug, Serialize)]
 pub struct Inspection {
@@ -51,12 +81,22 @@ pub struct Inspection {
     pub kernel: String,
     pub initrd: Option<String>,
     pub cmdline: String,
+    pub disks: Vec<Disk>,
+    pub nets: Vec<Net>,
     pub vmm_pid: Option<u32>,
     pub memory_populated_bytes: u64,
     pub vmm_overhead_bytes: u64,
     pub log_bytes: u64,
     pub log_dropped_bytes: u64,
+    pub cpu: Option<CpuModel>,
     pub last_migration: Option<Migration>,
+}
+
+/// The CPU features that a guest was given.
+#[derive(Debug, Serialize)]
+pub struct CpuModel {
+    pub name: String,
+    pub features: Vec<String>,
 }
 
 impl From<v1::InspectReply> for Inspection {
@@ -66,11 +106,14 @@ impl From<v1::InspectReply> for Inspection {
             kernel: from.kernel,
             initrd: filled(from.initrd),
             cmdline: from.cmdline,
+            disks: from.disks.into_iter().map(Into::into).collect(),
+            nets: from.nets.into_iter().map(Into::into).collect(),
             vmm_pid: Some(from.vmm_pid).filter(|pid| *pid != 0),
             memory_populated_bytes: from.memory_populated_bytes,
             vmm_overhead_bytes: from.vmm_overhead_bytes,
             log_bytes: from.log_bytes,
             log_dropped_bytes: from.log_dropped_bytes,
+            cpu: from.cpu.map(|v1::CpuOrder { name, features }| CpuModel { name, features }),
             last_migration: from.last_migration.map(Into::into),
         }
     }
@@ -91,6 +134,23 @@ pub struct Host {
     pub kvm: bool,
     pub kvm_problem: Option<String>,
     pub workloads: u32,
+    pub cpu: Option<HostCpu>,
+}
+
+/// What a host can give its guests.
+#[derive(Debug, Serialize)]
+pub struct HostCpu {
+    pub vendor: String,
+    pub tsc_khz: u32,
+    pub tsc_scaling: bool,
+    pub features: Vec<String>,
+}
+
+impl From<v1::HostCpu> for HostCpu {
+    fn from(from: v1::HostCpu) -> Self {
+        let v1::HostCpu { vendor, features, tsc_khz, tsc_scaling } = from;
+        Self { vendor, tsc_khz, tsc_scaling, features }
+    }
 }
 
 impl From<v1::HostReply> for Host {
@@ -108,6 +168,7 @@ impl From<v1::HostReply> for Host {
             kvm: from.kvm,
             kvm_problem: filled(from.kvm_problem),
             workloads: from.workloads,
+            cpu: from.cpu.map(Into::into),
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::migration::journal::{Event, JournalError};
 use crate::migration::link::{Peer, SealOrder};
 use crate::migration::phase::{MigrationError, Phase};
 use crate::units::MigrationId;
-use crate::workload::WorkloadError;
+use crate::workload::{StreamSpec, WorkloadError};
 
 /// The workload stands still and everything of it was sent.
 pub(super) struct Stopped {
@@ -46,7 +46,7 @@ impl Stopped {
         let Self { run, order } = self;
         let started = Instant::now();
         let peer = run.context().peer.clone();
-        let wait = seal_wait(run.context().identity.memory_bytes, !order.hashes.is_empty());
+        let wait = seal_wait(&run.workload.streams(), !order.hashes.is_empty());
         let report = run.interrupt().guard(within(&peer, wait, peer.seal(&order))).await;
         let (mut run, report) = run.or_abort(report).await?;
         let asked = run.context().request.verify;
@@ -131,6 +131,7 @@ impl Sealed {
         // Before the journal gives it away: two hosts must never hold its disks.
         let let_go = run.workload.let_go().await;
         let (run, ()) = run.or_abort(let_go).await?;
+        failpoint::reach(format_args!("source-let-go"));
         let (journal, identity) = (run.context().journal.clone(), run.context().identity.clone());
         let event = Event::Released(run.context().counterpart());
         let written = tokio::task::spawn_blocking(move || journal.record(&identity, &event)).await;
@@ -157,10 +158,11 @@ impl Sealed {
 }
 
 /// How long the peer may take to load the state while the workload stands
-/// still, and to hash `memory` bytes if it has to `verify`: a slow one does
+/// still, and to hash all of `streams` if it has to `verify`: a slow one does
 /// 64 MiB a second.
-fn seal_wait(memory: u64, verify: bool) -> Duration {
-    let hashing = if verify { memory >> 26 } else { 0 };
+fn seal_wait(streams: &[StreamSpec], verify: bool) -> Duration {
+    let bytes: u64 = streams.iter().map(|spec| spec.length).sum();
+    let hashing = if verify { bytes >> 26 } else { 0 };
     Duration::from_secs(30 + hashing)
 }
 

@@ -22,12 +22,15 @@ use crate::units::MigrationId;
 use crate::workload::{Manifest, Workload};
 
 impl Owner {
-    pub(super) fn question(
+    pub(super) async fn question(
         &mut self,
         peer: &Arc<dyn Peer>,
         request: &Request,
     ) -> Result<Question, RegistryError> {
-        let streams = self.live("migrated")?.streams();
+        let workload = self.live("migrated")?;
+        workload.carry(request.copy_disks).await?;
+        let streams = workload.streams();
+        let on_disks: u64 = streams.iter().map(|s| s.used).sum();
         let identity = &self.record.identity;
         let rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
         let terminal = get(&self.published.terminal);
@@ -48,13 +51,13 @@ impl Owner {
             epoch: self.record.epoch.next(),
             mode: request.mode,
             lanes: self.shared.lanes,
-            populated_bytes: terminal.map_or(0, |t| t.populated_bytes()),
+            populated_bytes: on_disks + terminal.map_or(0, |t| t.populated_bytes()),
             known_rate: rates.get(peer.address()).copied().unwrap_or(0.0),
             fixed_cost: self.shared.fixed_cost.get(),
         })
     }
 
-    pub(super) fn migrate(
+    pub(super) async fn migrate(
         &mut self,
         peer: Arc<dyn Peer>,
         request: Request,
@@ -62,7 +65,7 @@ impl Owner {
         if self.shared.shutdown.is_cancelled() {
             return Err(RegistryError::ShuttingDown);
         }
-        let question = self.question(&peer, &request)?;
+        let question = self.question(&peer, &request).await?;
         let id = MigrationId::random();
         let (progress, progress_seen) = watch::channel(Progress::default());
         let (result, result_seen) = watch::channel(None);

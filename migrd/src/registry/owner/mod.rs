@@ -36,6 +36,7 @@ pub type FrozenWork = Box<
 /// What an owner can be told.
 pub(super) enum Command {
     Pause(bool, Reply<Status>),
+    AskToEnd(Reply<()>),
     Stop(Reply<Status>),
     Remove(Reply<()>),
     Frozen(FrozenWork, Reply<Duration>),
@@ -208,6 +209,9 @@ impl Owner {
                 let done = self.pause(paused).await;
                 let _ = reply.send(done.map(|()| self.published.status.borrow().clone()));
             }
+            Command::AskToEnd(reply) => {
+                let _ = reply.send(self.ask_to_end().await);
+            }
             Command::Stop(reply) => {
                 let done = self.stop().await;
                 let _ = reply.send(done.map(|()| self.published.status.borrow().clone()));
@@ -219,10 +223,10 @@ impl Owner {
                 let _ = reply.send(self.frozen(work).await);
             }
             Command::Migrate(peer, request, reply) => {
-                let _ = reply.send(self.migrate(peer, request));
+                let _ = reply.send(self.migrate(peer, request).await);
             }
             Command::Question(peer, request, reply) => {
-                let _ = reply.send(self.question(&peer, &request));
+                let _ = reply.send(self.question(&peer, &request).await);
             }
             Command::Cancel(reply) => {
                 let _ = reply.send(self.cancel());
@@ -305,6 +309,10 @@ impl Owner {
         }
         self.publish();
         Ok(())
+    }
+
+    async fn ask_to_end(&mut self) -> Result<(), RegistryError> {
+        Ok(self.live("stopped")?.ask_to_end().await?)
     }
 
     async fn stop(&mut self) -> Result<(), RegistryError> {

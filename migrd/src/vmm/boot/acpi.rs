@@ -3,9 +3,11 @@
 //! Hardware-reduced ACPI (ACPI 6.5, 4.1): no PM1 registers, no SCI, no PM
 //! timer, so that nothing is announced that no device implements.
 
+mod platform;
+
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -18,6 +20,7 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::GuestMemoryBackend;
 
 use super::{BootError, layout, write};
+use crate::vmm::devices::clock_chip;
 
 /// Most vCPUs of a VM: local APIC ids are 8 bits wide here and 255 means all.
 pub const CPUS_MAX: u32 = 255;
@@ -45,22 +48,49 @@ const IO_APIC: u32 = 0xfec0_0000;
 const COM1_PORT: u16 = 0x3f8;
 const COM1_IRQ: u32 = 4;
 
-/// IA-PC boot flags (ACPI 6.5, table 5.11): no VGA to look for, no CMOS clock.
-/// The bit for the keyboard controller stays 0: only its reset line exists.
-const BOOT_FLAGS: u16 = (1 << 2) | (1 << 5);
+/// IA-PC boot flags (ACPI 6.5, table 5.11): no VGA to look for. The bit for the
+/// keyboard controller stays 0: only its reset line exists.
+const NO_VGA: u16 = 1 << 2;
+/// And no CMOS clock.
+const NO_CLOCK: u16 = 1 << 5;
+
+/// What the tables describe beside what every VM has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Described<'a> {
+    /// vCPUs, whose APIC ids count from 0.
+    pub cpus: u32,
+    /// There are a clock chip and a power button.
+    pub platform: bool,
+    /// The virtio devices.
+    pub devices: &'a [MmioDevice],
+}
+
+/// A device that the guest can't find by probing: a virtio-mmio device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MmioDevice {
+    /// Guest-physical address of its registers.
+    pub address: u64,
+    /// Bytes that they take.
+    pub length: u64,
+    /// Its interrupt, edge-triggered.
+    pub gsi: u32,
+}
 
 /// Refuses what [`write_tables`] can't describe.
 pub(super) fn check_cpus(cpus: u32) -> Result<(), BootError> {
     if cpus == 0 || cpus > CPUS_MAX { Err(BootError::Cpus { cpus }) } else { Ok(()) }
 }
 
-/// Writes the tables for `cpus` vCPUs, whose APIC ids count from 0, and returns
-/// the address of the RSDP.
-pub(super) fn write_tables<M: GuestMemoryBackend>(mem: &M, cpus: u32) -> Result<u64, BootError> {
+/// Writes the tables and returns the address of the RSDP.
+pub(super) fn write_tables<M: GuestMemoryBackend>(
+    mem: &M,
+    described: Described<'_>,
+) -> Result<u64, BootError> {
+    let Described { cpus, platform, devices } = described;
     let rsdp_at = layout::ACPI_TABLES;
     let mut area = Area { next: rsdp_at + 64, bytes: vec![0; 64] };
-    let dsdt_at = area.add(&dsdt());
-    let fadt_at = area.add(&fadt(dsdt_at));
+    let dsdt_at = area.add(&dsdt(platform, devices)?);
+    let fadt_at = area.add(&fadt(dsdt_at, platform));
     let madt_at = area.add(&madt(cpus)?);
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
     xsdt.add_entry(fadt_at);
@@ -98,8 +128,8 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// COM1, and which sleep type powers the machine off.
-fn dsdt() -> Sdt {
+/// The devices, and which sleep type powers the machine off.
+fn dsdt(platform: bool, devices: &[MmioDevice]) -> Result<Sdt, BootError> {
     const HEADER_BYTES: u32 = 36;
     let uart = EISAName::new("PNP0501");
     let ports = IO::new(COM1_PORT, COM1_PORT, 1, 8);
@@ -109,17 +139,42 @@ fn dsdt() -> Sdt {
     let uid = Name::new(Path::new("_UID"), &1_u8);
     let crs = Name::new(Path::new("_CRS"), &resources);
     let com1 = Device::new(Path::new("COM1"), vec![&hid, &uid, &crs]);
-    let scope = Scope::new(Path::new("_SB_"), vec![&com1]);
+    let mut scope = bytes_of(&com1);
+    for (slot, device) in (0_u8..).zip(devices) {
+        scope.extend(virtio(slot, *device)?);
+    }
+    let scope = Scope::raw(Path::new("_SB_"), scope);
     let power_off = Package::new(vec![&SLEEP_TYPE_S5]);
     let s5 = Name::new(Path::new("_S5_"), &power_off);
 
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, 6, OEM, OEM_TABLE, OEM_REVISION);
-    table.append_slice(&bytes_of(&scope));
+    table.append_slice(&scope);
     table.append_slice(&bytes_of(&s5));
-    table
+    if platform {
+        table.append_slice(&platform::devices());
+    }
+    Ok(table)
 }
 
-fn fadt(dsdt: u64) -> impl Aml {
+/// A virtio-mmio device, under the id by which Linux knows them.
+fn virtio(slot: u8, device: MmioDevice) -> Result<Vec<u8>, BootError> {
+    let MmioDevice { address, length, gsi } = device;
+    let word = |value| u32::try_from(value).map_err(|_| BootError::DeviceAddress { address });
+    let registers = Memory32Fixed::new(true, word(address)?, word(length)?);
+    // Consumer, edge, active high, exclusive.
+    let irq = Interrupt::new(true, true, false, false, gsi);
+    let resources = ResourceTemplate::new(vec![&registers, &irq]);
+    let hid = Name::new(Path::new("_HID"), &"LNRO0005");
+    let uid = Name::new(Path::new("_UID"), &slot);
+    // It snoops caches, as everything on a PC: without this some kernels would
+    // treat its memory with care that it does not need.
+    let cca = Name::new(Path::new("_CCA"), &1_u8);
+    let crs = Name::new(Path::new("_CRS"), &resources);
+    let name = format!("VR{slot:02}");
+    Ok(bytes_of(&Device::new(Path::new(&name), vec![&hid, &uid, &cca, &crs])))
+}
+
+fn fadt(dsdt: u64, platform: bool) -> impl Aml {
     let port =
         |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
@@ -129,7 +184,9 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Wbinvd);
-    fadt.iapc_boot_arch = BOOT_FLAGS.into();
+    let flags = if platform { NO_VGA } else { NO_VGA | NO_CLOCK };
+    fadt.iapc_boot_arch = flags.into();
+    fadt.century = if platform { clock_chip::CENTURY } else { 0 };
     fadt.reset_reg = port(RESET_PORT);
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);

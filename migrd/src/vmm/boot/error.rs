@@ -143,4 +143,10 @@ pub enum BootError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// A device whose registers are not below 4 GiB.
+    #[error("a device's registers at {address:#x} can't be described to the guest")]
+    DeviceAddress {
+        /// Guest-physical.
+        address: u64,
+    },
 }

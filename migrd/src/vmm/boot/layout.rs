@@ -24,7 +24,7 @@ pub(super) const PAGE_TABLES: u64 = 0x9000;
 pub(super) const CMDLINE: u64 = 0x2_0000;
 /// The first byte that is not free below the BIOS area (a PC keeps its EBDA
 /// there).
-const LOW_RESERVED: u64 = 0x9_fc00;
+pub(super) const LOW_RESERVED: u64 = 0x9_fc00;
 /// ACPI tables, in the window that a guest without a pointer to them searches
 /// for the RSDP (ACPI 6.5, 5.2.5.1).
 pub(super) const ACPI_TABLES: u64 = 0xe_0000;

@@ -19,6 +19,7 @@ mod bzimage;
 mod elf;
 mod error;
 pub mod layout;
+mod mp;
 mod pvh;
 mod vcpu;
 mod zero_page;
@@ -54,8 +55,12 @@ pub struct BootSpec<'a> {
     pub cmdline: &'a str,
     /// Number of vCPUs.
     pub cpus: u32,
+    /// What the guest can't find by probing.
+    pub devices: &'a [acpi::MmioDevice],
     /// Size of the VM's RAM in bytes, laid out as [`layout`] says.
     pub memory_bytes: u64,
+    /// It has a clock chip and a power button.
+    pub platform: bool,
 }
 
 /// How the first vCPU enters the kernel.
@@ -87,11 +92,12 @@ struct Span {
 /// # Errors
 /// When the specification or a file is not usable; see [`BootError`].
 pub fn load<M: GuestMemoryBackend>(mem: &M, spec: BootSpec<'_>) -> Result<Entry, BootError> {
-    let BootSpec { kernel, initrd, cmdline, cpus, memory_bytes } = spec;
+    let BootSpec { kernel, initrd, cmdline, cpus, devices, memory_bytes, platform } = spec;
     layout::check_memory(mem, memory_bytes)?;
     check_cmdline(cmdline, layout::CMDLINE_MAX)?;
     acpi::check_cpus(cpus)?;
-    let rsdp = acpi::write_tables(mem, cpus)?;
+    let rsdp = acpi::write_tables(mem, acpi::Described { cpus, platform, devices })?;
+    mp::write_pointer(mem)?;
     write(mem, layout::CMDLINE, cmdline.as_bytes(), "command line")?;
     let entry = match format(kernel)? {
         Format::Elf => load_elf(mem, kernel, initrd, memory_bytes, rsdp)?,

@@ -106,7 +106,8 @@ fn output(machine: &mut Machine) -> Vec<u8> {
 }
 
 fn spec<'a>(kernel: &'a mut File, cmdline: &'a str) -> BootSpec<'a> {
-    BootSpec { kernel, initrd: None, cmdline, cpus: 1, memory_bytes: RAM }
+    let (cpus, devices) = (1, &[]);
+    BootSpec { kernel, initrd: None, cmdline, cpus, devices, memory_bytes: RAM, platform: true }
 }
 
 #[test]
@@ -376,8 +377,15 @@ fn memory_map_has_a_hole_below_4_gib() {
 
 #[test]
 fn acpi_tables_are_well_formed_and_list_every_vcpu() {
+    for platform in [false, true] {
+        check_acpi_tables(platform);
+    }
+}
+
+fn check_acpi_tables(platform: bool) {
     let mem = memory(RAM);
-    let rsdp_at = acpi::write_tables(&mem, 255).unwrap();
+    let described = acpi::Described { cpus: 255, platform, devices: &[] };
+    let rsdp_at = acpi::write_tables(&mem, described).unwrap();
     let bytes = |at: u64, length: usize| {
         let mut bytes = vec![0; length];
         mem.read_slice(&mut bytes, GuestAddress(at)).unwrap();
@@ -402,7 +410,12 @@ fn acpi_tables_are_well_formed_and_list_every_vcpu() {
     assert_eq!(&fadt[..4], b"FACP");
     let dsdt = table(address(&fadt, 140));
     assert_eq!(&dsdt[..4], b"DSDT");
-    assert!(dsdt.windows(4).any(|name| name == b"COM1"));
+    let describes = |what: &[u8]| dsdt.windows(what.len()).any(|name| name == what);
+    assert!(describes(b"COM1"));
+    assert_eq!(describes(b"ACPI0013") && describes(b"RTC_") && describes(b"PWRB"), platform);
+    // The boot flags' bit that says that there is no CMOS clock.
+    assert_eq!(fadt[109] & (1 << 5) == 0, platform);
+    assert_eq!(fadt[108], if platform { 0x32 } else { 0 });
     let madt = table(address(&xsdt, 44));
     assert_eq!(&madt[..4], b"APIC");
     let mut entries = &madt[44..];

@@ -50,6 +50,13 @@ impl SerialPort {
         Self { uart: Serial::new(irq, out), queue: VecDeque::new() }
     }
 
+    /// The machine's reset line. What was typed and not read stays.
+    pub fn reset(&mut self) {
+        let irq = self.uart.interrupt_evt().clone();
+        let out = self.uart.writer().clone();
+        self.uart = Serial::new(irq, out);
+    }
+
     /// What travels: the registers, and the input not read yet.
     #[must_use]
     pub fn state(&self) -> (SerialState, Vec<u8>) {

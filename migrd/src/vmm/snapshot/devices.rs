@@ -142,6 +142,14 @@ fn pic_from_wire(wire: &proto::PicState) -> Result<kvm_pic_state, WireError> {
     })
 }
 
+/// Whether the IOAPIC's pin `pin` is masked (82093AA data sheet, 3.2.4).
+pub(super) fn is_masked(vm: &VmFd, pin: u32) -> Result<bool, SnapshotError> {
+    const MASKED: u64 = 1 << 16;
+    let ioapic = kvm_state::ioapic(vm).map_err(save_failed("IOAPIC"))?;
+    let entry = usize::try_from(pin).ok().and_then(|pin| ioapic.redirections.get(pin));
+    Ok(entry.is_none_or(|entry| entry & MASKED != 0))
+}
+
 fn ioapic_into_wire(state: Ioapic) -> proto::IoapicState {
     let Ioapic { base_address, ioregsel, id, irr, redirections } = state;
     proto::IoapicState { base_address, ioregsel, id, irr, redirections: redirections.to_vec() }

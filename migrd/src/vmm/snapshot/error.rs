@@ -1,5 +1,7 @@
 //! Why state can't be saved, believed or restored.
 
+use crate::vmm::cpu::CpuMisfit;
+
 /// What a received state says that no VM can have. Nothing was changed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WireError {
@@ -19,14 +21,22 @@ pub enum WireError {
     },
     /// Written by another version of migrd.
     #[error(
-        "the VM state is of version {version}, this migrd reads version {known}: use the same \
-         migrd at both ends"
+        "the VM state is of version {version}, this migrd reads up to version {known}: use a \
+         migrd that is as new as the one that wrote it"
     )]
     Version {
         /// Its version.
         version: u32,
-        /// The version read here.
+        /// The newest version read here.
         known: u32,
+    },
+    /// A state that does not go with its VM.
+    #[error("the VM state is of version {version}, its configuration of version {config}")]
+    OtherVersion {
+        /// Of the state.
+        version: u32,
+        /// Of the configuration.
+        config: u32,
     },
     /// A message that must be there is not.
     #[error("the VM state lacks {what}")]
@@ -106,6 +116,9 @@ pub enum SnapshotError {
         /// Its value.
         value: u64,
     },
+    /// CPU features beyond what the guest may have or this host has.
+    #[error(transparent)]
+    Cpu(#[from] CpuMisfit),
     /// This host can't run the guest's TSC at the rate it had.
     #[error(
         "the guest's TSC runs at {wanted} kHz, this host's at {has} kHz, and its KVM can't scale \
@@ -116,9 +129,6 @@ pub enum SnapshotError {
         wanted: u32,
         /// This host's, in kHz.
         has: u32,
-        /// What KVM said.
-        #[source]
-        source: kvm_ioctls::Error,
     },
     /// This KVM does not let the guest's TSC be set, and it is behind.
     #[error(

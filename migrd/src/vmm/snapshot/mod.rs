@@ -32,13 +32,14 @@ mod time;
 mod vcpu;
 mod vcpu_wire;
 
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use migr_proto::v1 as proto;
 
 pub use error::{SnapshotError, WireError};
 pub use time::{RestoredClock, VmClock, restore_clock};
 
 use crate::sys::kvm_state::XsaveBytes;
+use crate::vmm::cpu::{self, HostCpu, Model};
 
 /// What this host's KVM can save and restore; asked once per VM.
 #[derive(Clone, Debug)]
@@ -46,6 +47,8 @@ pub struct Host {
     msrs: Vec<u32>,
     xsave: XsaveBytes,
     sregs2: bool,
+    /// Whether a guest's TSC can run at another rate than this host's.
+    tsc_scaling: bool,
 }
 
 impl Host {
@@ -55,7 +58,38 @@ impl Host {
     /// When KVM does not list its MSRs.
     pub fn probe(kvm: &Kvm, vm: &VmFd) -> Result<Self, SnapshotError> {
         let sregs2 = vm.check_extension_raw(kvm_bindings::KVM_CAP_SREGS2.into()) > 0;
-        Ok(Self { msrs: msrs::indices(kvm)?, xsave: XsaveBytes::of(vm), sregs2 })
+        let tsc_scaling = kvm.check_extension(Cap::TscControl);
+        Ok(Self { msrs: msrs::indices(kvm)?, xsave: XsaveBytes::of(vm), sregs2, tsc_scaling })
+    }
+}
+
+/// What the vCPUs of a VM may be.
+#[derive(Clone, Debug)]
+pub struct Cpu {
+    /// What this host has.
+    pub host: HostCpu,
+    /// What the guest was given; `None`: not known, as of old VMs.
+    pub model: Option<Model>,
+}
+
+impl Cpu {
+    /// Has the TSC of a new vCPU run at the rate of the model, if it has one.
+    ///
+    /// # Errors
+    /// When this host can't.
+    pub fn set_rate(&self, vcpu: &VcpuFd) -> Result<(), SnapshotError> {
+        match self.model.as_ref().map_or(0, Model::tsc_khz) {
+            0 => Ok(()),
+            wanted => time::set_rate(vcpu, wanted, self.host.scaling()),
+        }
+    }
+
+    /// Checks the features that a saved vCPU comes with.
+    ///
+    /// # Errors
+    /// When they are more than those of the model or of this host.
+    pub fn check(&self, vcpu: &proto::VcpuState) -> Result<(), SnapshotError> {
+        Ok(cpu::of_leaves(vcpu, self.model.as_ref(), &self.host)?)
     }
 }
 
@@ -66,6 +100,15 @@ impl Host {
 pub fn save_vm(vm: &VmFd, clock: VmClock) -> Result<proto::VmDevices, SnapshotError> {
     let devices = devices::Devices::save(vm)?;
     Ok(devices.into_wire(clock.nanoseconds()))
+}
+
+/// Whether the guest takes no interrupt of the IOAPIC's pin `pin`, which every
+/// guest that uses one switches on first.
+///
+/// # Errors
+/// When KVM does not tell.
+pub fn is_masked(vm: &VmFd, pin: u32) -> Result<bool, SnapshotError> {
+    devices::is_masked(vm, pin)
 }
 
 /// Restores what [`save_vm`] gave, but for the clock.
@@ -100,6 +143,19 @@ pub fn restore_vcpu(
     clock: RestoredClock,
 ) -> Result<(), SnapshotError> {
     vcpu::Vcpu::from_wire(state)?.restore(vcpu, host, clock)
+}
+
+/// Restores a vCPU that has run, in the VM in which it was saved.
+///
+/// # Errors
+/// When KVM refuses it.
+pub fn reset_vcpu(
+    vcpu: &VcpuFd,
+    state: &proto::VcpuState,
+    host: &Host,
+    clock: RestoredClock,
+) -> Result<(), SnapshotError> {
+    vcpu::Vcpu::from_wire(state)?.reset(vcpu, host, clock)
 }
 
 /// Tells the guest on this vCPU that it stood still, so that it does not take

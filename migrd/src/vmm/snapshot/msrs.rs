@@ -1,11 +1,12 @@
 //! Model-specific registers.
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::SnapshotError;
 use super::error::{restore_failed, save_failed};
 use super::time::{MSR_TSC, MSR_TSC_DEADLINE};
+use crate::vmm::cpu::{self, Place, Register};
 
 /// What `KVM_GET_MSRS` takes at once (Linux: `MAX_IO_MSRS`).
 const BATCH: usize = 256;
@@ -39,6 +40,28 @@ pub(super) fn indices(kvm: &Kvm) -> Result<Vec<u32>, SnapshotError> {
     indices.retain(|index| ![MSR_TSC, MSR_TSC_DEADLINE].contains(index));
     indices.retain(|index| !WALL_CLOCK.contains(index));
     Ok(indices)
+}
+
+/// Registers that tell of the host and that KVM reads for a guest even when it
+/// was not given the feature (the word of CPUID and the bit), and would then
+/// refuse to set on a host where they tell something else.
+const TELL_OF_HOST: [(u32, Place, u32); 2] = [
+    // IA32_PERF_CAPABILITIES: PDCM.
+    (0x345, Place { function: 0x1, index: 0, register: Register::Ecx }, 1 << 15),
+    // IA32_ARCH_CAPABILITIES: ARCH_CAPABILITIES.
+    (0x10a, Place { function: 0x7, index: 0, register: Register::Edx }, 1 << 29),
+];
+
+/// Those of `indices` that a guest with these leaves can have.
+pub(super) fn of(indices: &[u32], leaves: &[kvm_cpuid_entry2]) -> Vec<u32> {
+    let missing = |place: Place, bit: u32| {
+        let mut here =
+            leaves.iter().filter(|l| l.function == place.function && l.index == place.index);
+        here.all(|leaf| cpu::register(leaf, place) & bit == 0)
+    };
+    let not_given = TELL_OF_HOST.into_iter().filter(|(_, place, bit)| missing(*place, *bit));
+    let not_given: Vec<u32> = not_given.map(|(index, _, _)| index).collect();
+    indices.iter().copied().filter(|index| !not_given.contains(index)).collect()
 }
 
 fn batch(entries: &[kvm_msr_entry]) -> Result<Msrs, SnapshotError> {

@@ -5,8 +5,11 @@ use prost::Message;
 
 use super::WireError;
 
-/// The version written, and the only one read.
-pub const VERSION: u32 = 1;
+/// The newest version that is read, all before it too. What is written is of
+/// the version of the VM.
+pub const VERSION: u32 = 2;
+/// The first with a clock chip and a power button.
+const PLATFORM: u32 = 2;
 
 /// Most bytes a state can have: 255 vCPUs with 16 KiB each, and room.
 const BYTES_MAX: usize = 16 << 20;
@@ -40,7 +43,7 @@ fn check_version(bytes: &[u8]) -> Result<(), WireError> {
     }
     let Versioned { version } = Versioned::decode(bytes)
         .map_err(|error| WireError::Undecodable { reason: error.to_string() })?;
-    if version != VERSION {
+    if version == 0 || version > VERSION {
         return Err(WireError::Version { version, known: VERSION });
     }
     Ok(())
@@ -48,7 +51,7 @@ fn check_version(bytes: &[u8]) -> Result<(), WireError> {
 
 fn check(state: &proto::VmState) -> Result<(), WireError> {
     let proto::VmState {
-        version: _,
+        version,
         config,
         devices,
         vcpus,
@@ -57,11 +60,18 @@ fn check(state: &proto::VmState) -> Result<(), WireError> {
         pending_serial_input,
         paused: _,
         virtio: _,
-        clock_chip: _,
-        power: _,
+        clock_chip,
+        power,
     } = state;
     let missing = |what| WireError::Missing { what };
     let config = config.as_ref().ok_or_else(|| missing("its configuration"))?;
+    if config.version != *version {
+        return Err(WireError::OtherVersion { version: *version, config: config.version });
+    }
+    if *version >= PLATFORM {
+        clock_chip.as_ref().ok_or_else(|| missing("its clock chip"))?;
+        power.as_ref().ok_or_else(|| missing("its power button"))?;
+    }
     let devices = devices.as_ref().ok_or_else(|| missing("its devices"))?;
     super::devices::Devices::from_wire(devices)?;
     serial.as_ref().ok_or_else(|| missing("its serial port"))?;

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestMemoryBackend};
 
 use super::*;
 use crate::sys::kvm_state;
-use crate::vmm::cpuid;
+use crate::vmm::cpu;
 
 struct Machine {
     vm: VmFd,
@@ -15,6 +15,15 @@ struct Machine {
 }
 
 fn machine(cpus: u32) -> Machine {
+    machine_of(cpus, None)
+}
+
+fn this_host() -> cpu::HostCpu {
+    let kvm = Kvm::new().expect("/dev/kvm must exist and be usable: load kvm_intel or kvm_amd");
+    cpu::HostCpu::of(&kvm).unwrap()
+}
+
+fn machine_of(cpus: u32, model: Option<&cpu::Model>) -> Machine {
     let kvm = Kvm::new().expect("/dev/kvm must exist and be usable: load kvm_intel or kvm_amd");
     let vm = kvm.create_vm().unwrap();
     vm.set_tss_address(0xfffb_d000).unwrap();
@@ -23,7 +32,7 @@ fn machine(cpus: u32) -> Machine {
     let vcpus = (0..cpus)
         .map(|index| {
             let vcpu = vm.create_vcpu(index.into()).unwrap();
-            vcpu.set_cpuid2(&cpuid::for_vcpu(&kvm, index, cpus).unwrap()).unwrap();
+            vcpu.set_cpuid2(&cpu::for_vcpu(&this_host(), model, index, cpus).unwrap()).unwrap();
             vcpu
         })
         .collect();
@@ -56,13 +65,21 @@ fn whole(devices: proto::VmDevices, vcpus: Vec<proto::VcpuState>) -> proto::VmSt
     let cpus = u32::try_from(vcpus.len()).unwrap();
     proto::VmState {
         version: state::VERSION,
-        config: Some(proto::VmConfig { cpus, ..Default::default() }),
+        config: Some(proto::VmConfig { version: state::VERSION, cpus, ..Default::default() }),
         devices: Some(devices),
         vcpus,
         serial: Some(proto::SerialState::default()),
         i8042: Some(proto::I8042State {}),
+        clock_chip: Some(proto::ClockChipState::default()),
+        power: Some(proto::PowerState::default()),
         ..Default::default()
     }
+}
+
+/// As the first version wrote it.
+fn whole_of_version_1(state: proto::VmState) -> proto::VmState {
+    let config = state.config.map(|config| proto::VmConfig { version: 1, ..config });
+    proto::VmState { version: 1, config, clock_chip: None, power: None, ..state }
 }
 
 /// Gives every part of a machine a value that it does not have after reset.
@@ -295,15 +312,28 @@ fn state_of_two() -> proto::VmState {
 
 #[test]
 fn state_of_another_version_is_refused_by_name() {
-    let newer = proto::VmState { version: 2, ..state_of_two() };
+    let newer = proto::VmState { version: 3, ..state_of_two() };
     let error = state::decode(&newer.encode_to_vec()).unwrap_err();
-    assert_eq!(error, WireError::Version { version: 2, known: 1 });
+    assert_eq!(error, WireError::Version { version: 3, known: 2 });
     // The rest of a newer state need not decode.
-    let mut bytes = vec![0x08, 0x02];
+    let mut bytes = vec![0x08, 0x03];
     bytes.extend_from_slice(&[0x10, 0x01]);
     let error = state::decode(&bytes).unwrap_err();
-    assert_eq!(error, WireError::Version { version: 2, known: 1 });
-    assert_eq!(state::decode(&[]).unwrap_err(), WireError::Version { version: 0, known: 1 });
+    assert_eq!(error, WireError::Version { version: 3, known: 2 });
+    assert_eq!(state::decode(&[]).unwrap_err(), WireError::Version { version: 0, known: 2 });
+}
+
+#[test]
+fn state_of_the_first_version_is_still_read() {
+    let old = whole_of_version_1(state_of_two());
+    assert_eq!(state::decode(&old.encode_to_vec()).unwrap(), old);
+}
+
+#[test]
+fn a_state_and_its_configuration_are_of_one_version() {
+    let mixed = proto::VmState { version: 1, ..state_of_two() };
+    let error = state::decode(&mixed.encode_to_vec()).unwrap_err();
+    assert_eq!(error, WireError::OtherVersion { version: 1, config: 2 });
 }
 
 #[test]
@@ -311,7 +341,9 @@ fn state_that_no_vm_can_have_is_refused() {
     let good = state_of_two();
     state::decode(&good.encode_to_vec()).unwrap();
     type Damage = fn(&mut proto::VmState);
-    let damages: [(&str, Damage); 17] = [
+    let damages: [(&str, Damage); 19] = [
+        ("no clock chip", |s| s.clock_chip = None),
+        ("no power button", |s| s.power = None),
         ("no config", |s| s.config = None),
         ("no devices", |s| s.devices = None),
         ("no serial", |s| s.serial = None),
@@ -593,5 +625,70 @@ mod codecs {
                 prop_assert_eq!(read.vcpus.len(), 1);
             }
         }
+    }
+}
+
+#[test]
+fn guest_with_fewer_features_keeps_its_leaves_where_there_are_more() {
+    let host = this_host();
+    let features = host.names().into_iter().filter(|name| !name.starts_with("kvm_pv_"));
+    let order = proto::CpuOrder { name: "rack".into(), features: features.collect() };
+    let model = cpu::Model::ordered(Some(&order), &host).unwrap();
+    let source = machine_of(2, Some(&model));
+    let (devices, vcpus) = save(&source);
+    let destination = machine(2);
+    let (_, fresh) = save(&destination);
+    let allowed = Cpu { host, model: Some(model) };
+    for (vcpu, there) in vcpus.iter().zip(&fresh) {
+        assert_ne!(vcpu.cpuid, there.cpuid);
+        allowed.check(vcpu).unwrap();
+        let error = allowed.check(there).unwrap_err().to_string();
+        assert!(error.contains("beyond the VM's model rack: kvm_pv_"), "{error}");
+    }
+    restore(&destination, &devices, &vcpus);
+    let (_, after) = save(&destination);
+    for (vcpu, there) in vcpus.iter().zip(&after) {
+        assert_eq!(vcpu.cpuid, there.cpuid);
+    }
+}
+
+#[test]
+fn vcpu_with_a_feature_that_no_kvm_gives_is_refused_by_name() {
+    const CONTEXT_ID: u32 = 1 << 10;
+    let (_, mut vcpus) = save(&machine(1));
+    let allowed = Cpu { host: this_host(), model: None };
+    allowed.check(&vcpus[0]).unwrap();
+    for leaf in vcpus[0].cpuid.iter_mut().filter(|leaf| leaf.function == 1) {
+        leaf.ecx |= CONTEXT_ID;
+    }
+    let error = allowed.check(&vcpus[0]).unwrap_err().to_string();
+    assert!(error.contains("vCPU 0 of the guest was given: cid;"), "{error}");
+}
+
+#[test]
+fn tsc_of_a_host_that_was_calibrated_a_little_differently_goes_on() {
+    let source = machine(2);
+    let (devices, mut vcpus) = save(&source);
+    for vcpu in &mut vcpus {
+        vcpu.tsc_khz += vcpu.tsc_khz / 5000;
+    }
+    let destination = machine(2);
+    restore(&destination, &devices, &vcpus);
+    let (_, after) = save(&destination);
+    for (vcpu, there) in vcpus.iter().zip(&after) {
+        assert_eq!(vcpu.tsc_khz, there.tsc_khz, "the guest still has the rate it knows");
+        assert!(vcpu.tsc <= there.tsc);
+    }
+}
+
+#[test]
+fn tsc_of_another_rate_is_refused_where_kvm_cannot_scale() {
+    let machine = machine(1);
+    let vcpu = &machine.vcpus[0];
+    let has = vcpu.get_tsc_khz().unwrap();
+    for wanted in [has + has / 100, has - has / 100, 0, u32::MAX] {
+        let error = time::set_rate(vcpu, wanted, false).unwrap_err();
+        assert!(matches!(error, SnapshotError::TscFrequency { .. }), "{wanted}: {error}");
+        assert_eq!(vcpu.get_tsc_khz().unwrap(), has);
     }
 }

@@ -19,6 +19,7 @@ use migr_proto::v1 as proto;
 use super::SnapshotError;
 use super::error::{restore_failed, save_failed};
 use crate::sys::kvm_state;
+use crate::vmm::cpu;
 
 /// `IA32_TSC`.
 pub(super) const MSR_TSC: u32 = 0x10;
@@ -103,18 +104,11 @@ impl VcpuTime {
         self,
         vcpu: &VcpuFd,
         clock: RestoredClock,
+        scaling: bool,
     ) -> Result<(), SnapshotError> {
         let Self { tsc_khz, tsc, tsc_deadline: _ } = self;
-        let has = vcpu.get_tsc_khz().map_err(save_failed("TSC frequency"))?;
-        if has != tsc_khz {
-            vcpu.set_tsc_khz(tsc_khz).map_err(|source| SnapshotError::TscFrequency {
-                wanted: tsc_khz,
-                has,
-                source,
-            })?;
-        }
-        let elapsed = u128::from(clock.elapsed_ns) * u128::from(tsc_khz) / 1_000_000;
-        let target = tsc.wrapping_add(u64::try_from(elapsed).unwrap_or(0));
+        set_rate(vcpu, tsc_khz, scaling)?;
+        let target = tsc.wrapping_add(ticks(clock.elapsed_ns, tsc_khz));
         match exact_offset(vcpu)? {
             Some(_) => {
                 let offset = target.wrapping_sub(clock.host_tsc);
@@ -141,6 +135,32 @@ impl VcpuTime {
             deadline => set_msr(vcpu, MSR_TSC_DEADLINE, deadline),
         }
     }
+}
+
+/// Has a vCPU's TSC run at `wanted` kHz.
+///
+/// Where the host's rate is the same as far as anybody can measure, the guest
+/// is told the rate it knows and runs at the host's. Otherwise KVM has to scale.
+/// Without scaling KVM would take a higher rate all the same and have the TSC
+/// jump ahead at each exit, which no guest should see.
+///
+/// # Errors
+/// When the rates differ and `scaling` says that KVM can't.
+pub(super) fn set_rate(vcpu: &VcpuFd, wanted: u32, scaling: bool) -> Result<(), SnapshotError> {
+    let has = vcpu.get_tsc_khz().map_err(save_failed("TSC frequency"))?;
+    if has == wanted {
+        return Ok(());
+    }
+    if !scaling && !cpu::same_rate(wanted, has) {
+        return Err(SnapshotError::TscFrequency { wanted, has });
+    }
+    vcpu.set_tsc_khz(wanted).map_err(restore_failed("TSC frequency"))
+}
+
+/// How far a TSC of that rate gets in so many nanoseconds.
+fn ticks(nanoseconds: u64, khz: u32) -> u64 {
+    let ticks = u128::from(nanoseconds) * u128::from(khz) / 1_000_000;
+    u64::try_from(ticks).unwrap_or(u64::MAX)
 }
 
 /// The vCPU's TSC offset, if adding it to the host's TSC gives the guest's:
@@ -173,4 +193,35 @@ fn msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, SnapshotError> {
 fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<(), SnapshotError> {
     let count = vcpu.set_msrs(&one_msr(index, value)?).map_err(restore_failed("MSRs"))?;
     if count == 1 { Ok(()) } else { Err(SnapshotError::Msr { index, value }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tsc_advances_as_its_rate_says() {
+        for (nanoseconds, khz, expected) in [
+            (0, 2_300_000, 0),
+            (1_000_000, 2_300_000, 2_300_000),
+            // Less than a tick is no tick: the TSC is never ahead of the clock.
+            (1, 999_999, 0),
+            (3, 2_299_998, 6),
+            // Ten years at 5 GHz.
+            (315_360_000_000_000_000, 5_000_000, 1_576_800_000_000_000_000),
+            (u64::MAX, u32::MAX, u64::MAX),
+        ] {
+            assert_eq!(ticks(nanoseconds, khz), expected, "{nanoseconds} ns at {khz} kHz");
+        }
+    }
+
+    #[test]
+    fn a_tsc_never_goes_back_however_long_the_restore_takes() {
+        let mut before = 0;
+        for elapsed in (0..10_000_000).step_by(977) {
+            let now = ticks(elapsed, 2_299_998);
+            assert!(now >= before);
+            before = now;
+        }
+    }
 }

@@ -163,7 +163,7 @@ impl Vcpu {
             xsave: kvm_state::xsave(vcpu, host.xsave).map_err(save_failed("XSAVE area"))?,
             xcrs: xcrs.xcrs[..count].to_vec(),
             debug: vcpu.get_debug_regs().map_err(save_failed("debug registers"))?,
-            msrs: msrs::save(vcpu, &host.msrs)?,
+            msrs: msrs::save(vcpu, &msrs::of(&host.msrs, cpuid.as_slice()))?,
             lapic: lapic.regs.map(i8::cast_unsigned),
             mp_state,
             events: vcpu.get_vcpu_events().map_err(save_failed("events"))?,
@@ -177,12 +177,22 @@ impl Vcpu {
         host: &Host,
         clock: RestoredClock,
     ) -> Result<(), SnapshotError> {
-        let Self { cpuid, regs, sregs, xsave, xcrs, debug, msrs, lapic, mp_state, events, time } =
-            self;
-        // Decides which bits of everything below are legal.
-        let cpuid = CpuId::from_entries(&cpuid)
+        // Decides which bits of everything else are legal.
+        let cpuid = CpuId::from_entries(&self.cpuid)
             .map_err(|_| restore_failed("CPUID")(kvm_ioctls::Error::new(libc::E2BIG)))?;
         vcpu.set_cpuid2(&cpuid).map_err(restore_failed("CPUID"))?;
+        self.reset(vcpu, host, clock)
+    }
+
+    /// Sets all but CPUID, which KVM does not let change once a vCPU has run.
+    pub(super) fn reset(
+        self,
+        vcpu: &VcpuFd,
+        host: &Host,
+        clock: RestoredClock,
+    ) -> Result<(), SnapshotError> {
+        let Self { cpuid: _, regs, sregs, xsave, xcrs, debug, msrs, lapic, mp_state, events, time } =
+            self;
         vcpu.set_regs(&regs).map_err(restore_failed("registers"))?;
         // Holds the APIC's base and mode, which tell how to read its page, and
         // the CR4 bit without which XCR0 is out of reach.
@@ -191,7 +201,7 @@ impl Vcpu {
         restore_xsave(vcpu, host, &xsave)?;
         vcpu.set_debug_regs(&debug).map_err(restore_failed("debug registers"))?;
         // Before the MSRs: the paravirtual clock's make KVM compute with it.
-        time.restore_tsc(vcpu, clock)?;
+        time.restore_tsc(vcpu, clock, host.tsc_scaling)?;
         // Its timer starts from the register page.
         let lapic = kvm_lapic_state { regs: lapic.map(u8::cast_signed) };
         vcpu.set_lapic(&lapic).map_err(restore_failed("local APIC"))?;

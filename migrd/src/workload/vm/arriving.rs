@@ -9,9 +9,11 @@ use async_trait::async_trait;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::child::{Child, ChildState};
-use super::running::{Vm, VmStreams, remove};
+use super::contents::VmStreams;
+use super::disks::{self, DiskStreams, Disks, Holder, Purpose};
+use super::running::{Vm, remove};
 use super::serial_log::LogStream;
-use super::{LOG_STREAM, failed, streams, told};
+use super::{LOG_STREAM, all_streams, failed, told};
 use crate::pages::{PageBitmap, PageSet};
 use crate::units::{PAGE_SIZE, PageIndex, PageRun};
 use crate::workload::{
@@ -20,6 +22,8 @@ use crate::workload::{
 
 /// How often the child is told what has landed.
 const MAP_EVERY: Duration = Duration::from_millis(10);
+/// How often what has come of copied disks is written back.
+const WRITE_BACK_EVERY: Duration = Duration::from_millis(500);
 
 /// A VM with an empty memory, or a complete one that does not run yet.
 pub(super) struct ArrivingVm {
@@ -30,27 +34,13 @@ pub(super) struct ArrivingVm {
     landing: Arc<Landing>,
     /// Has the child map what has landed.
     mapping: AbortOnDropHandle<()>,
+    /// Has what has come of its disks written back.
+    writing: AbortOnDropHandle<()>,
+    /// Who it is to those who find its disks in use.
+    holder: Holder,
     /// Made when the state is loaded, which is before the hand-over: what
     /// comes after must be quick and can't fail any more.
     vm: Option<Vm>,
-}
-
-impl ChunkSink for VmStreams {
-    fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream> {
-        if key == LOG_STREAM {
-            self.log.write(key, offset, bytes)
-        } else {
-            self.memory.write(key, offset, bytes)
-        }
-    }
-
-    fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {
-        if key == LOG_STREAM {
-            self.log.zero(key, offset, length)
-        } else {
-            self.memory.zero(key, offset, length)
-        }
-    }
 }
 
 /// Takes what arrives, and remembers which pages have come for the first time.
@@ -69,7 +59,7 @@ struct Landed {
 
 impl Landing {
     fn landed(&self, key: StreamKey, offset: u64, length: u64) {
-        if key == LOG_STREAM || length == 0 {
+        if self.chunks.memory.pages(key) == 0 || length == 0 {
             return;
         }
         let first = offset / PAGE_SIZE;
@@ -116,18 +106,51 @@ async fn map_landed(child: Arc<Child>, landing: Arc<Landing>) {
     }
 }
 
+/// Has what has come of copied disks written back while more comes, so that
+/// little is left when the guest stands still.
+async fn write_back(chunks: Arc<VmStreams>) {
+    if chunks.disks.is_none() {
+        return;
+    }
+    loop {
+        tokio::time::sleep(WRITE_BACK_EVERY).await;
+        let chunks = chunks.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            chunks.disks.as_ref().map_or(Ok(()), DiskStreams::sync)
+        });
+        if let Ok(Err(error)) = written.await {
+            // It is written back again before the VM is sealed, and counts then.
+            tracing::warn!(%error, "a copy of a disk could not be written back");
+        }
+    }
+}
+
 impl ArrivingVm {
-    pub(super) fn new(directory: PathBuf, child: Arc<Child>) -> Result<Self, WorkloadError> {
-        let bytes = child.config().memory_bytes;
-        let streams = streams(bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
+    /// `copies`: where its disks arrive, if they do.
+    pub(super) fn new(
+        directory: PathBuf,
+        child: Arc<Child>,
+        holder: Holder,
+        copies: Option<DiskStreams>,
+    ) -> Result<Self, WorkloadError> {
+        let streams = all_streams(child.config(), copies.is_some());
+        let streams = streams.map_err(|e| WorkloadError::new(e.to_string()))?;
         let mut options = std::fs::OpenOptions::new();
         let log = options.read(true).write(true).open(&child.log().path);
         let log = LogStream::new(log.map_err(failed("open the serial log"))?, LOG_STREAM);
-        let chunks = Arc::new(VmStreams { memory: child.mapping(), log });
+        let chunks = Arc::new(VmStreams { memory: child.mapping(), log, disks: copies });
         let landing = Arc::new(Landing { chunks: chunks.clone(), pages: Mutex::default() });
         let mapping =
             AbortOnDropHandle::new(tokio::spawn(map_landed(child.clone(), landing.clone())));
-        Ok(Self { directory, child, streams, chunks, landing, mapping, vm: None })
+        let writing = AbortOnDropHandle::new(tokio::spawn(write_back(chunks.clone())));
+        let vm = None;
+        Ok(Self { directory, child, streams, chunks, landing, mapping, writing, holder, vm })
+    }
+
+    /// The VM, which does not have its disks yet.
+    fn make(&self, paused: bool) -> Result<Vm, WorkloadError> {
+        let disks = Disks::of(&self.child, self.holder.clone());
+        Vm::new(self.directory.clone(), self.child.clone(), paused, disks)
     }
 }
 
@@ -139,8 +162,15 @@ impl Arriving for ArrivingVm {
 
     async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {
         self.mapping.abort();
+        self.writing.abort();
+        let chunks = self.chunks.clone();
+        let closed = tokio::task::spawn_blocking(move || {
+            chunks.disks.as_ref().map_or(Ok(()), DiskStreams::close)
+        });
+        let failed = |e| WorkloadError::caused("closing copies of its disks failed", e);
+        closed.await.map_err(failed)??;
         self.child.restore(state.to_vec()).await.map_err(told("load its state"))?;
-        self.vm = Some(Vm::new(self.directory.clone(), self.child.clone(), false)?);
+        self.vm = Some(self.make(false)?);
         Ok(())
     }
 
@@ -154,9 +184,14 @@ impl Arriving for ArrivingVm {
         let vm = match self.vm.take() {
             Some(vm) => vm,
             // A sealed copy that a restarted daemon has found.
-            None => Vm::new(self.directory.clone(), self.child.clone(), paused)?,
+            None => self.make(paused)?,
         };
-        self.vm = Some(vm.stay_paused(paused));
+        let vm = self.vm.insert(vm.stay_paused(paused));
+        if let Some(copies) = &self.chunks.disks {
+            // They are taken as any image is, by which they become the VM's.
+            copies.unlock();
+        }
+        vm.take_disks(Purpose::Arrived).await?;
         let runs = matches!(*self.child.states().borrow(), ChildState::Running);
         if paused || runs {
             return Ok(());
@@ -165,20 +200,24 @@ impl Arriving for ArrivingVm {
     }
 
     fn arrived(self: Box<Self>) -> Box<dyn Workload> {
-        let Self { directory, child, streams: _, chunks: _, landing: _, mapping: _, vm } = *self;
+        let mut arriving = *self;
         // `start` has made it; a caller that did not start it gets a dead one.
-        let made = vm.map_or_else(|| Vm::new(directory.clone(), child.clone(), true), Ok);
+        let made = arriving.vm.take().map_or_else(|| arriving.make(true), Ok);
         match made {
             Ok(vm) => Box::new(vm),
             Err(error) => {
                 tracing::error!(%error, "a VM that arrived cannot be held");
-                Box::new(Vm::unreadable(directory, &error))
+                Box::new(Vm::unreadable(arriving.directory, &error))
             }
         }
     }
 
     async fn discard(self: Box<Self>) {
         self.child.kill().await;
+        if let Some(mut vm) = self.vm {
+            vm.put_disks_back().await;
+        }
+        disks::undo(&self.directory, self.holder.workload, self.holder.host);
         remove(&self.directory);
     }
 }

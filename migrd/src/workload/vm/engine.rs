@@ -19,15 +19,16 @@ use prost::Message;
 
 use super::arriving::ArrivingVm;
 use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm, own_program};
+use super::disks::{self, Disks, Holder, Purpose};
 use super::running::{Vm, remove};
-use super::{chain, failed, streams, told};
-use crate::units::WorkloadId;
-use crate::workload::{Arriving, Engine, Manifest, Problem, Workload, WorkloadError};
+use super::{all_streams, chain, cpu, failed, nets, streams, told};
+use crate::units::{HostId, WorkloadId};
+use crate::workload::{Arriving, Engine, Manifest, Problem, StreamSpec, Workload, WorkloadError};
 
 /// The most virtual CPUs of a VM.
 pub const MAX_CPUS: u32 = 64;
 /// The version of a [`proto::VmConfig`] that this migrd writes.
-const CONFIG_VERSION: u32 = 1;
+const CONFIG_VERSION: u32 = 2;
 
 /// The mode of directories: whoever connects to a VM's control socket owns the
 /// VM, and its log is for nobody else to read.
@@ -50,6 +51,12 @@ pub struct NewVm {
     pub memory_bytes: u64,
     /// Virtual CPUs.
     pub cpus: u32,
+    /// Disks. Their sizes are looked up by [`VmEngine::measure`].
+    pub disks: Vec<proto::DiskConfig>,
+    /// Network interfaces.
+    pub nets: Vec<proto::NetConfig>,
+    /// What the guest's CPUs may say of themselves.
+    pub cpu: Option<proto::CpuModel>,
 }
 
 impl NewVm {
@@ -63,9 +70,9 @@ impl NewVm {
             cmdline: self.cmdline.clone(),
             kernel: self.kernel.display().to_string(),
             initrd: self.initrd.as_ref().map_or_else(String::new, |p| p.display().to_string()),
-            disks: Vec::new(),
-            nets: Vec::new(),
-            cpu: None,
+            disks: self.disks.clone(),
+            nets: self.nets.clone(),
+            cpu: self.cpu.clone(),
         }
     }
 
@@ -90,13 +97,25 @@ fn check_config(config: &proto::VmConfig) -> Result<(), WorkloadError> {
         let text = format!("{cpus} virtual CPUs are not possible: ask for 1 to {MAX_CPUS}");
         return Err(WorkloadError::new(text));
     }
+    disks::check(&config.disks)?;
+    nets::check(&config.nets)?;
     streams(config.memory_bytes).map(drop).map_err(|e| WorkloadError::new(e.to_string()))
+}
+
+/// Which host this is, to others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Its id.
+    pub host: HostId,
+    /// The address of its daemon.
+    pub address: String,
 }
 
 /// Makes VMs in the state directory.
 #[derive(Clone, Debug)]
 pub struct VmEngine {
     directory: PathBuf,
+    site: Site,
 }
 
 impl VmEngine {
@@ -104,9 +123,27 @@ impl VmEngine {
     ///
     /// # Errors
     /// When it can't be made.
-    pub fn new(directory: PathBuf) -> std::io::Result<Self> {
+    pub fn new(directory: PathBuf, site: Site) -> std::io::Result<Self> {
         DirBuilder::new().recursive(true).mode(PRIVATE).create(&directory)?;
-        Ok(Self { directory })
+        Ok(Self { directory, site })
+    }
+
+    /// Who a workload is to those who find its disks in use.
+    fn holder(&self, workload: WorkloadId, name: &str) -> Holder {
+        let Site { host, address } = self.site.clone();
+        Holder { workload, name: name.to_owned(), host, address }
+    }
+
+    /// Looks up how large the disks of a VM are that is to be made.
+    ///
+    /// # Errors
+    /// When one is no disk that a VM can have.
+    pub async fn measure(&self, new: &mut NewVm) -> Result<(), WorkloadError> {
+        for disk in &mut new.disks {
+            disks::check_path(&disk.path)?;
+            disk.bytes = disks::measure(disk.path.clone(), disk.read_only).await?;
+        }
+        Ok(())
     }
 
     fn place(&self, id: WorkloadId) -> PathBuf {
@@ -128,6 +165,7 @@ impl VmEngine {
     pub async fn create(
         &self,
         id: WorkloadId,
+        name: &str,
         new: &NewVm,
     ) -> Result<Box<dyn Workload>, WorkloadError> {
         new.check()?;
@@ -135,12 +173,25 @@ impl VmEngine {
         let initrd = new.initrd.as_deref().map(|p| open("initrd", p)).transpose()?;
         let child = self.spawn(id, new.config(), Some(kernel), initrd).await?;
         let directory = self.place(id);
-        let booted = child.boot().await.map_err(told(&format!("boot {}", new.kernel.display())));
-        let vm = booted.and_then(|()| Vm::new(directory.clone(), child.clone(), true));
-        match vm {
-            Ok(vm) => Ok(Box::new(vm)),
+        let disks = Disks::of(&child, self.holder(id, name));
+        let mut vm = match Vm::new(directory.clone(), child.clone(), true, disks) {
+            Ok(vm) => vm,
             Err(error) => {
                 child.kill().await;
+                remove(&directory);
+                return Err(error);
+            }
+        };
+        let booted = async {
+            nets::attach(&child).await?;
+            vm.take_disks(Purpose::New).await?;
+            child.boot().await.map_err(told(&format!("boot {}", new.kernel.display())))
+        };
+        match booted.await {
+            Ok(()) => Ok(Box::new(vm)),
+            Err(error) => {
+                child.kill().await;
+                vm.put_disks_back().await;
                 remove(&directory);
                 Err(error)
             }
@@ -174,18 +225,22 @@ impl VmEngine {
     pub async fn find(
         &self,
         id: WorkloadId,
+        name: &str,
         config: &[u8],
         paused: bool,
     ) -> Result<Box<dyn Workload>, WorkloadError> {
-        let Some(vm) = self.find_still(id, paused).await? else {
+        let Some(mut vm) = self.find_still(id, name, paused).await? else {
             let config = proto::VmConfig::decode(config)
                 .map_err(|e| WorkloadError::caused("its configuration is damaged", e))?;
             let why = "its VMM is gone: the host restarted, or it was stopped or killed";
             return Ok(Box::new(Vm::ended(self.place(id), config.memory_bytes, why)?));
         };
-        let state = vm.child_state();
-        let mut vm = vm;
-        match state {
+        if let Err(error) = vm.take_disks(Purpose::TakenBack).await {
+            // Its memory is here: an operator can let it go on later.
+            tracing::error!(%id, %error, "a VM stands still without its disks");
+            return Ok(Box::new(vm));
+        }
+        match vm.child_state() {
             Some(ChildState::Ready | ChildState::Paused) if !paused => vm.thaw().await?,
             Some(ChildState::Running) if paused => vm.pause().await?,
             _ => {}
@@ -200,9 +255,10 @@ impl VmEngine {
     pub async fn find_released(
         &self,
         id: WorkloadId,
+        name: &str,
         paused: bool,
     ) -> Result<Option<Box<dyn Workload>>, WorkloadError> {
-        let Some(vm) = self.find_still(id, paused).await? else { return Ok(None) };
+        let Some(vm) = self.find_still(id, name, paused).await? else { return Ok(None) };
         if vm.child_state() == Some(ChildState::Running) {
             let mut vm: Box<dyn Workload> = Box::new(vm);
             vm.freeze().await?;
@@ -218,16 +274,24 @@ impl VmEngine {
     pub async fn find_sealed(
         &self,
         id: WorkloadId,
+        name: &str,
     ) -> Result<Option<Box<dyn Arriving>>, WorkloadError> {
         let directory = self.place(id);
         let Some(child) = self.adopt(&directory).await? else { return Ok(None) };
-        Ok(Some(Box::new(ArrivingVm::new(directory, Arc::new(child))?)))
+        let holder = self.holder(id, name);
+        Ok(Some(Box::new(ArrivingVm::new(directory, Arc::new(child), holder, None)?)))
     }
 
-    async fn find_still(&self, id: WorkloadId, paused: bool) -> Result<Option<Vm>, WorkloadError> {
+    async fn find_still(
+        &self,
+        id: WorkloadId,
+        name: &str,
+        paused: bool,
+    ) -> Result<Option<Vm>, WorkloadError> {
         let directory = self.place(id);
         let Some(child) = self.adopt(&directory).await? else { return Ok(None) };
-        let mut vm = Vm::new(directory, Arc::new(child), paused)?;
+        let disks = Disks::of(&child, self.holder(id, name));
+        let mut vm = Vm::new(directory, Arc::new(child), paused, disks)?;
         // What an earlier daemon has sent of it counts for nothing now.
         vm.end_old_tracking().await;
         Ok(Some(vm))
@@ -265,7 +329,17 @@ impl VmEngine {
     }
 }
 
-fn open(what: &str, path: &Path) -> Result<File, WorkloadError> {
+/// The files that a VM boots from: kernel, and initrd if it has one.
+pub(super) fn paths(config: &proto::VmConfig) -> (PathBuf, Option<PathBuf>) {
+    let initrd = Some(&config.initrd).filter(|path| !path.is_empty()).map(PathBuf::from);
+    (PathBuf::from(&config.kernel), initrd)
+}
+
+/// Opens a file that a VM boots from.
+///
+/// # Errors
+/// When it can't be read, or is no file.
+pub(super) fn open(what: &str, path: &Path) -> Result<File, WorkloadError> {
     // Not to wait for somebody to write into what may be a pipe.
     let opened = std::fs::OpenOptions::new()
         .read(true)
@@ -293,6 +367,7 @@ impl Engine for VmEngine {
             Ok(None) => {}
             Err(error) => tracing::warn!(%id, %error, "a VM could not be ended"),
         }
+        disks::undo(&directory, id, self.site.host);
         remove(&directory);
     }
 
@@ -301,19 +376,34 @@ impl Engine for VmEngine {
         if let Some(problem) = Self::problem() {
             problems.push(Problem::new("kvm", problem, HOSTS));
         }
-        if let Err(error) = check_offered(manifest) {
-            problems.push(Problem::new("engine", error.to_string(), HOSTS));
+        let by = self.holder(manifest.workload, &manifest.name);
+        match check_offered(manifest) {
+            Ok(config) => {
+                problems.extend(nets::problems(&config.nets));
+                problems.extend(disks::problems(manifest, config.disks, by).await);
+            }
+            Err(error) => problems.push(Problem::new("engine", error.to_string(), HOSTS)),
+        }
+        if let Ok(config) = decode(manifest) {
+            problems.extend(cpu::problems(&config).await);
         }
         problems
     }
 
     async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError> {
-        let child = self.spawn(manifest.workload, decode(manifest)?, None, None).await?;
-        let directory = self.place(manifest.workload);
-        match ArrivingVm::new(directory.clone(), child.clone()) {
+        let id = manifest.workload;
+        let child = self.spawn(id, decode(manifest)?, None, None).await?;
+        let (directory, holder) = (self.place(id), self.holder(id, &manifest.name));
+        let arriving = async {
+            nets::attach(&child).await?;
+            let copies = disks::make_copies(manifest, child.config(), &holder, &directory).await?;
+            ArrivingVm::new(directory.clone(), child.clone(), holder, copies)
+        };
+        match arriving.await {
             Ok(arriving) => Ok(Box::new(arriving)),
             Err(error) => {
                 child.kill().await;
+                disks::undo(&directory, id, self.site.host);
                 remove(&directory);
                 Err(error)
             }
@@ -324,15 +414,22 @@ impl Engine for VmEngine {
 /// What to do about a host that can't run what is offered.
 const HOSTS: &str = "see `migctl hosts` for this host";
 
-fn check_offered(manifest: &Manifest) -> Result<(), WorkloadError> {
+fn check_offered(manifest: &Manifest) -> Result<proto::VmConfig, WorkloadError> {
     let config = decode(manifest)?;
     check_config(&config)?;
-    let expected = streams(config.memory_bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
-    if manifest.memory_bytes != config.memory_bytes || manifest.streams != expected {
+    let brings_disks = disks::are_brought(&manifest.streams);
+    if brings_disks {
+        disks::check_copied(&config.disks)?;
+    }
+    let expected = all_streams(&config, brings_disks);
+    let expected = expected.map_err(|e| WorkloadError::new(e.to_string()))?;
+    let plain = |spec: &StreamSpec| StreamSpec { used: 0, ..spec.clone() };
+    let offered: Vec<_> = manifest.streams.iter().map(plain).collect();
+    if manifest.memory_bytes != config.memory_bytes || offered != expected {
         let text = "what is offered does not fit the VM's own description";
         return Err(WorkloadError::new(text));
     }
-    Ok(())
+    Ok(config)
 }
 
 fn decode(manifest: &Manifest) -> Result<proto::VmConfig, WorkloadError> {
@@ -346,11 +443,15 @@ mod tests {
 
     use super::*;
 
+    fn site() -> Site {
+        Site { host: HostId::random(), address: "a:1".into() }
+    }
+
     #[test]
     fn the_directories_of_vms_are_for_their_user_alone() {
         let parent = tempfile::tempdir().unwrap();
         let vms = parent.path().join("vms");
-        let engine = VmEngine::new(vms.clone()).unwrap();
+        let engine = VmEngine::new(vms.clone(), site()).unwrap();
         let place = engine.make_place(WorkloadId::random()).unwrap();
         for directory in [vms, place] {
             let mode = std::fs::metadata(&directory).unwrap().permissions().mode();
@@ -361,7 +462,7 @@ mod tests {
     #[test]
     fn a_directory_that_is_there_is_not_taken_for_a_new_vm() {
         let parent = tempfile::tempdir().unwrap();
-        let engine = VmEngine::new(parent.path().to_owned()).unwrap();
+        let engine = VmEngine::new(parent.path().to_owned(), site()).unwrap();
         let id = WorkloadId::random();
         engine.make_place(id).unwrap();
         assert!(engine.make_place(id).is_err());

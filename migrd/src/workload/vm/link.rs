@@ -3,25 +3,34 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use migr_proto::v1::{self as proto, child_message, child_reply, child_request};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::child::{ChildError, ChildState};
+use crate::sys::fds;
 use crate::vmm::frame;
 
 type Waiting = HashMap<u64, oneshot::Sender<child_reply::Reply>>;
+
+/// A whole frame, with the descriptors that go beside it.
+#[derive(Debug)]
+struct Outgoing {
+    bytes: Vec<u8>,
+    beside: Vec<OwnedFd>,
+}
 
 /// A connection to a child.
 #[derive(Debug)]
 pub struct Link {
     /// Whole frames, for the task that writes them: a caller who gives up must
     /// not leave half of one behind.
-    frames: mpsc::UnboundedSender<Vec<u8>>,
+    frames: mpsc::UnboundedSender<Outgoing>,
     /// `None` once the connection is gone.
     waiting: Mutex<Option<Waiting>>,
     next: AtomicU64,
@@ -31,10 +40,10 @@ pub struct Link {
 impl Link {
     /// Speaks through `socket`; what comes is for [`Self::listen`] to hear.
     pub fn new(mut socket: OwnedWriteHalf, states: watch::Sender<ChildState>) -> Arc<Self> {
-        let (frames, mut queued) = mpsc::unbounded_channel::<Vec<u8>>();
+        let (frames, mut queued) = mpsc::unbounded_channel::<Outgoing>();
         tokio::spawn(async move {
             while let Some(frame) = queued.recv().await {
-                if socket.write_all(&frame).await.is_err() {
+                if write(&mut socket, frame).await.is_err() {
                     return;
                 }
             }
@@ -72,6 +81,19 @@ impl Link {
         &self,
         request: child_request::Request,
     ) -> Result<child_reply::Reply, ChildError> {
+        self.ask_with(request, Vec::new()).await
+    }
+
+    /// The same, with descriptors that the child gets. This process's own are
+    /// closed once they were sent.
+    ///
+    /// # Errors
+    /// What the child says, or that it is dead.
+    pub async fn ask_with(
+        &self,
+        request: child_request::Request,
+        beside: Vec<OwnedFd>,
+    ) -> Result<child_reply::Reply, ChildError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let mut bytes = Vec::new();
         frame::encode(&proto::ChildRequest { id, request: Some(request) }, &mut bytes)
@@ -81,7 +103,7 @@ impl Link {
             Some(waiting) => waiting.insert(id, answer),
             None => return Err(self.dead()),
         };
-        if self.frames.send(bytes).is_err() {
+        if self.frames.send(Outgoing { bytes, beside }).is_err() {
             return Err(self.dead());
         }
         match answered.await {
@@ -146,3 +168,27 @@ impl Link {
         self.waiting().take();
     }
 }
+
+/// Writes a frame. What goes beside it is sent with its first byte: the kernel
+/// gives descriptors to whoever reads the byte that they came with (unix(7)).
+async fn write(socket: &mut OwnedWriteHalf, frame: Outgoing) -> io::Result<()> {
+    let Outgoing { bytes, beside } = frame;
+    let Some((first, rest)) = bytes.split_first_chunk::<1>() else { return Ok(()) };
+    if beside.is_empty() {
+        return socket.write_all(&bytes).await;
+    }
+    let given: Vec<_> = beside.iter().map(AsFd::as_fd).collect();
+    loop {
+        socket.writable().await?;
+        let stream: &tokio::net::UnixStream = (*socket).as_ref();
+        match stream.try_io(Interest::WRITABLE, || fds::send(stream, first, &given)) {
+            Ok(()) => break,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
+        }
+    }
+    socket.write_all(rest).await
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,14 +4,20 @@
 //! the directory of each VM. May not touch tonic, the phases of
 //! a migration, or KVM.
 //!
-//! A VM's streams are its memory regions, numbered from 0, and its serial log
-//! ([`LOG_STREAM`]), so that the log moves with it.
+//! A VM's streams are its memory regions, numbered from 0, its serial log
+//! ([`LOG_STREAM`]), so that the log moves with it, and its disks where they
+//! travel too ([`disks::stream`]).
 
 mod arriving;
 pub mod child;
+mod contents;
+pub mod cpu;
+pub mod disks;
 mod engine;
 pub mod link;
+pub mod nets;
 mod running;
+mod states;
 mod terminal;
 
 use child::ChildError;
@@ -19,8 +25,9 @@ use child::ChildError;
 use super::{StreamKey, StreamSpec, WorkloadError};
 use crate::serial_log;
 use crate::vmm::memory;
+use migr_proto::v1::VmConfig;
 
-pub use engine::{NewVm, VmEngine};
+pub use engine::{NewVm, Site, VmEngine};
 
 /// The serial log's stream.
 pub const LOG_STREAM: StreamKey = StreamKey(64);
@@ -37,14 +44,31 @@ pub fn streams(memory_bytes: u64) -> Result<Vec<StreamSpec>, memory::MemoryError
             key: StreamKey(number),
             name: format!("ram{number}"),
             length: extent.length,
+            used: 0,
         })
         .collect();
     streams.push(StreamSpec {
         key: LOG_STREAM,
         name: "serial-log".into(),
         length: serial_log::LENGTH,
+        used: 0,
     });
     Ok(streams)
+}
+
+/// The streams of a VM, with its disks or without.
+///
+/// # Errors
+/// When no VM can have so much memory.
+pub fn all_streams(
+    config: &VmConfig,
+    with_disks: bool,
+) -> Result<Vec<StreamSpec>, memory::MemoryError> {
+    let mut all = streams(config.memory_bytes)?;
+    if with_disks {
+        all.extend(disks::streams(&config.disks));
+    }
+    Ok(all)
 }
 
 /// What a child said, as every workload's errors are told.

@@ -2,20 +2,27 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::child::{Child, ChildState};
+use super::contents::{Nothing, VmStreams};
+use super::disks::{Disks, Purpose};
 use super::serial_log::{Cleared, LogStream, Reader};
+use super::states::Reboots;
 use super::terminal::SerialPort;
-use super::{LOG_STREAM, failed, streams, told};
+use super::{LOG_STREAM, all_streams, chain, disks, failed, streams, told};
 use crate::pages::PageSet;
-use crate::sys::mapping::GuestMapping;
+use crate::units::PAGE_SIZE;
 use crate::workload::{
-    ChunkSource, OutOfStream, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload,
-    WorkloadError,
+    ChunkSource, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
 };
+
+/// How long its devices may take to finish what they have begun, before a move
+/// gives up.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// A VM, or what is left of one that has ended.
 pub(super) struct Vm {
@@ -30,49 +37,16 @@ pub(super) struct Vm {
 /// A VM whose child lives.
 struct Alive {
     child: Arc<Child>,
+    reboots: Reboots,
     chunks: Arc<VmStreams>,
     log: Reader,
     /// What of the log was sent; `None` while nothing is tracked.
     sent: Option<Cleared>,
+    disks: Disks,
+    /// Its devices were told to stand.
+    drained: bool,
     /// Says why it ended if that was an operator's wish.
     stopped: watch::Sender<Option<String>>,
-}
-
-/// Memory and log of a VM, as streams.
-pub(super) struct VmStreams {
-    pub(super) memory: Arc<GuestMapping>,
-    pub(super) log: LogStream,
-}
-
-impl ChunkSource for VmStreams {
-    fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream> {
-        if key == LOG_STREAM {
-            self.log.read(key, offset, into)
-        } else {
-            self.memory.read(key, offset, into)
-        }
-    }
-
-    fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
-        if key == LOG_STREAM {
-            self.log.is_zero(key, offset, length)
-        } else {
-            self.memory.is_zero(key, offset, length)
-        }
-    }
-}
-
-impl VmStreams {
-    /// Hashes every stream of `specs`, which takes a while.
-    pub(super) fn hash(&self, specs: &[StreamSpec]) -> Result<Vec<StreamHash>, WorkloadError> {
-        let hash_one = |spec: &StreamSpec| {
-            let hash =
-                if spec.key == LOG_STREAM { self.log.hash() } else { self.memory.hash(spec.key) };
-            let hash = hash.map_err(failed("hash its memory"))?;
-            Ok(StreamHash { key: spec.key, hash })
-        };
-        specs.iter().map(hash_one).collect()
-    }
 }
 
 impl Vm {
@@ -82,6 +56,7 @@ impl Vm {
         directory: PathBuf,
         child: Arc<Child>,
         paused: bool,
+        disks: Disks,
     ) -> Result<Self, WorkloadError> {
         let bytes = child.config().memory_bytes;
         let streams = streams(bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
@@ -91,11 +66,14 @@ impl Vm {
         let chunks = Arc::new(VmStreams {
             memory: child.mapping(),
             log: LogStream::new(open()?, LOG_STREAM),
+            disks: None,
         });
         let (stopped, wish) = watch::channel(None);
-        let state = translated(child.states(), wish);
-        let alive = Some(Alive { child, chunks, log, sent: None, stopped });
-        Ok(Self { directory, streams, terminal, state, paused, alive })
+        let reboots = Reboots::follow(&child, wish);
+        let state = reboots.state();
+        let alive =
+            Alive { child, reboots, chunks, log, sent: None, disks, drained: false, stopped };
+        Ok(Self { directory, streams, terminal, state, paused, alive: Some(alive) })
     }
 
     /// What is left of a VM whose child is gone.
@@ -143,42 +121,48 @@ impl Vm {
         }
     }
 
+    /// Opens and locks its disks, unless it has them.
+    pub(super) async fn take_disks(&mut self, purpose: Purpose) -> Result<(), WorkloadError> {
+        let alive = self.alive()?;
+        alive.disks.take(&alive.child, purpose).await
+    }
+
+    /// Undoes [`Self::take_disks`]: it did not run.
+    pub(super) async fn put_disks_back(&mut self) {
+        if let Some(alive) = &mut self.alive {
+            alive.disks.put_back().await;
+        }
+    }
+
     fn alive(&mut self) -> Result<&mut Alive, WorkloadError> {
         self.alive.as_mut().ok_or_else(|| WorkloadError::new("it has ended"))
     }
 }
 
-/// What a child does, in the words that every workload uses.
-fn translated(
-    mut child: watch::Receiver<ChildState>,
-    mut wish: watch::Receiver<Option<String>>,
-) -> watch::Receiver<RunState> {
-    let translate = |state: &ChildState, wish: &Option<String>| match (state, wish) {
-        (ChildState::Running, _) => RunState::Running,
-        (ChildState::Starting | ChildState::Ready | ChildState::Paused, _) => RunState::Paused,
-        (ChildState::Stopped(_) | ChildState::Dead(_), Some(wish)) => RunState::Ended(wish.clone()),
-        (ChildState::Stopped(reason), None) => RunState::Ended(reason.to_string()),
-        (ChildState::Dead(why), None) => RunState::Ended(why.clone()),
-    };
-    let first = translate(&child.borrow_and_update(), &wish.borrow_and_update());
-    let (tell, told) = watch::channel(first);
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                changed = child.changed() => if changed.is_err() { break },
-                () = tell.closed() => break,
+impl Alive {
+    /// Whether its child has devices that can be told to stand.
+    fn has_devices(&self) -> bool {
+        self.child.config().version >= 2
+    }
+
+    /// The pages of `regions` that hold something. Where disks are among them
+    /// that may have to wait for storage.
+    async fn populated(&self, regions: Vec<StreamKey>) -> Result<PageSet, WorkloadError> {
+        let chunks = self.chunks.clone();
+        let find = move || {
+            let mut found = PageSet::default();
+            for key in regions {
+                let pages = chunks.populated(key);
+                found.set(key, pages.map_err(failed("find what its memory and disks hold"))?);
             }
-            let now = translate(&child.borrow_and_update(), &wish.borrow_and_update());
-            tell.send_if_modified(|state| {
-                let differs = *state != now;
-                *state = now;
-                differs
-            });
+            Ok(found)
+        };
+        if self.chunks.disks.is_none() {
+            return find();
         }
-        // The state stays readable for as long as anybody looks.
-        tell.closed().await;
-    });
-    told
+        let found = tokio::task::spawn_blocking(find).await;
+        found.unwrap_or_else(|e| Err(WorkloadError::caused("looking at its disks failed", e)))
+    }
 }
 
 #[async_trait]
@@ -203,15 +187,29 @@ impl Workload for Vm {
     }
 
     async fn carry(&mut self, disks: bool) -> Result<(), WorkloadError> {
-        if disks {
-            return Err(WorkloadError::new("it has no disks to carry"));
+        let alive = self.alive()?;
+        let carried = if disks { Some(alive.disks.read().await?) } else { None };
+        let streams = all_streams(alive.child.config(), disks);
+        let mut streams = streams.map_err(|e| WorkloadError::new(e.to_string()))?;
+        let log = std::fs::File::open(&alive.child.log().path);
+        let log = LogStream::new(log.map_err(failed("open the serial log"))?, LOG_STREAM);
+        let memory = alive.chunks.memory.clone();
+        alive.chunks = Arc::new(VmStreams { memory, log, disks: carried });
+        for spec in &mut streams {
+            if disks::index_of(spec.key).is_some() {
+                let held = alive.populated(vec![spec.key]).await?;
+                spec.used = held.count().saturating_mul(PAGE_SIZE);
+            }
         }
+        self.streams = streams;
         Ok(())
     }
 
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
         let alive = self.alive()?;
-        alive.child.dirty_start().await.map_err(told("track its memory"))?;
+        alive.chunks.memory.forget();
+        let disks = alive.chunks.disks.is_some();
+        alive.child.dirty_start(disks).await.map_err(told("track its memory"))?;
         alive.sent = Some(Cleared::default());
         Ok(())
     }
@@ -225,13 +223,15 @@ impl Workload for Vm {
     }
 
     async fn dirty(&mut self) -> Result<PageSet, WorkloadError> {
-        let regions: Vec<_> = self.streams.iter().map(|s| s.key).collect();
+        let regions = self.streams.iter().map(|s| s.key).filter(|key| *key != LOG_STREAM);
+        let regions: Vec<_> = regions.collect();
         let alive = self.alive()?;
-        let mut dirty = PageSet::default();
-        for key in regions.into_iter().filter(|key| *key != LOG_STREAM) {
-            let populated = alive.chunks.memory.populated(key);
-            dirty.set(key, populated.map_err(failed("find its populated memory"))?);
+        if alive.sent.is_none() {
+            alive.chunks.memory.forget();
         }
+        // What once held something and was sent stays in this set: freed since,
+        // it has to be sent again, as zeros.
+        let mut dirty = alive.populated(regions).await?;
         if alive.sent.is_some() {
             let written = alive.child.dirty_read().await.map_err(told("read its dirty pages"))?;
             dirty.intersect(&written);
@@ -259,7 +259,16 @@ impl Workload for Vm {
     }
 
     async fn drain(&mut self) -> Result<(), WorkloadError> {
-        Ok(())
+        let alive = self.alive()?;
+        if !alive.has_devices() {
+            return Ok(());
+        }
+        // Most of what is not durable yet, while the guest goes on writing; what
+        // it writes until its devices stand is little.
+        alive.disks.sync().await?;
+        alive.drained = true;
+        alive.child.drain(DRAIN_LIMIT).await.map_err(told("have its devices stand"))?;
+        alive.disks.sync().await
     }
 
     async fn freeze(&mut self) -> Result<(), WorkloadError> {
@@ -268,7 +277,7 @@ impl Workload for Vm {
         if paused {
             return Ok(());
         }
-        alive.child.pause().await.map_err(told("pause it"))
+        alive.reboots.pause().await
     }
 
     async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
@@ -284,62 +293,67 @@ impl Workload for Vm {
     }
 
     async fn let_go(&mut self) -> Result<(), WorkloadError> {
-        Ok(())
+        let alive = self.alive()?;
+        let copied = alive.chunks.disks.is_some();
+        alive.disks.let_go(&alive.child, copied).await
     }
 
     async fn thaw(&mut self) -> Result<(), WorkloadError> {
-        if self.paused {
+        let paused = self.paused;
+        let alive = self.alive()?;
+        alive.disks.take(&alive.child, Purpose::TakenBack).await?;
+        if std::mem::take(&mut alive.drained) {
+            alive.child.undrain().await.map_err(told("let its devices go on"))?;
+        }
+        if paused {
             return Ok(());
         }
-        self.alive()?.child.run().await.map_err(told("let it run again"))
+        alive.child.run().await.map_err(told("let it run again"))
     }
 
     async fn pause(&mut self) -> Result<(), WorkloadError> {
-        self.alive()?.child.pause().await.map_err(told("pause it"))?;
+        self.alive()?.reboots.pause().await?;
         self.paused = true;
         self.becomes(&RunState::Paused).await;
         Ok(())
     }
 
     async fn resume(&mut self) -> Result<(), WorkloadError> {
-        self.alive()?.child.run().await.map_err(told("let it run"))?;
+        let alive = self.alive()?;
+        alive.disks.take(&alive.child, Purpose::TakenBack).await?;
+        alive.child.run().await.map_err(told("let it run"))?;
         self.paused = false;
         self.becomes(&RunState::Running).await;
         Ok(())
     }
 
     async fn ask_to_end(&mut self) -> Result<(), WorkloadError> {
-        Err(WorkloadError::new("it has no power button"))
+        if self.paused {
+            let text = "it is paused and can't be asked: `migctl resume` it first, or end it with \
+                `migctl stop --force`";
+            return Err(WorkloadError::new(text));
+        }
+        let pressed = self.alive()?.child.power_button().await;
+        pressed.map_err(|error| WorkloadError::new(chain(&error)))
     }
 
     async fn stop(&mut self) -> Result<(), WorkloadError> {
-        let Some(alive) = self.alive.take() else { return Ok(()) };
+        let Some(mut alive) = self.alive.take() else { return Ok(()) };
         alive.stopped.send_replace(Some("stopped by an operator".into()));
         if let Err(error) = alive.child.quit().await {
             tracing::info!(%error, "the VMM did not end in good order");
             alive.child.kill().await;
         }
+        alive.disks.release().await;
         Ok(())
     }
 
     async fn discard(mut self: Box<Self>) {
-        if let Some(alive) = self.alive.take() {
+        if let Some(mut alive) = self.alive.take() {
             alive.child.kill().await;
+            alive.disks.release().await;
         }
         remove(&self.directory);
-    }
-}
-
-/// The streams of a VM that has ended: none.
-struct Nothing;
-
-impl ChunkSource for Nothing {
-    fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream> {
-        Err(OutOfStream { key, offset, length: into.len() as u64 })
-    }
-
-    fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
-        Err(OutOfStream { key, offset, length })
     }
 }
 

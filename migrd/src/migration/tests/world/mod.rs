@@ -249,7 +249,8 @@ impl World {
     /// The codes of what host `b` says to an offer in `epoch`.
     pub async fn offer_in(&self, identity: &Identity, epoch: u64) -> Vec<String> {
         let migration = MigrationId::random();
-        let stream = StreamSpec { key: STREAM, name: "fake".into(), length: PAGES * PAGE_SIZE };
+        let stream =
+            StreamSpec { key: STREAM, name: "fake".into(), length: PAGES * PAGE_SIZE, used: 0 };
         let manifest = Manifest {
             workload: identity.id,
             name: identity.name.clone(),

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::{Child, ChildError, ChildState, SERIAL_LOG, VMM_LOG, system};
+use super::{Child, ChildError, ChildState, Device, SERIAL_LOG, VMM_LOG, system};
 use crate::sys::fds;
 use crate::sys::mapping::GuestMapping;
 use crate::sys::process::PidFd;
@@ -37,6 +37,7 @@ pub(super) struct Parts {
     states: watch::Receiver<ChildState>,
     reader: tokio::task::JoinHandle<io::Result<()>>,
     directory: PathBuf,
+    held: Vec<Device>,
 }
 
 impl Child {
@@ -62,7 +63,8 @@ impl Child {
         let listener = Arc::clone(&link);
         let reader = tokio::spawn(async move { listener.listen(read).await });
         let hello = link.ask(child_request::Request::Hello(proto::ChildHello {})).await?;
-        let child_reply::Reply::Hello(proto::ChildHelloReply { config, status }) = hello else {
+        let child_reply::Reply::Hello(proto::ChildHelloReply { config, status, attached }) = hello
+        else {
             return Err(ChildError::Protocol("no answer to hello".into()));
         };
         link.become_state(ChildState::from_wire(status.unwrap_or_default()));
@@ -74,12 +76,13 @@ impl Child {
         let written = watch_bell(bell).map_err(system("watch the serial log"))?;
         let log = SerialOutput { path: directory.join(SERIAL_LOG), written };
         let directory = directory.to_owned();
-        Ok(Parts { link, config, mapping, log, states: watched, reader, directory })
+        let held = attached.into_iter().filter_map(Device::from_wire).collect();
+        Ok(Parts { link, config, mapping, log, states: watched, reader, directory, held })
     }
 
     /// From now on knows when the child ends.
     pub(super) fn watch(parts: Parts, process: PidFd, pid: u32) -> Self {
-        let Parts { link, config, mapping, log, states, reader, directory } = parts;
+        let Parts { link, config, mapping, log, states, reader, directory, held } = parts;
         let process = Arc::new(process);
         let (watched, told) = (Arc::clone(&process), Arc::clone(&link));
         let (end, over) = watch::channel(false);
@@ -98,7 +101,7 @@ impl Child {
                 told.close("another daemon has taken over its control connection");
             }
         });
-        Self { link, config, mapping, log, pid, process, states, over }
+        Self { link, config, mapping, log, pid, process, states, held, over }
     }
 }
 

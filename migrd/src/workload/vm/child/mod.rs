@@ -4,10 +4,12 @@
 //! closes a connection. A later daemon finds the child by its socket.
 
 mod attach;
+mod devices;
 mod spawn;
 mod state;
 
 use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -22,6 +24,7 @@ use crate::sys::process::PidFd;
 use crate::vmm::{memory, pages};
 
 pub use attach::SerialOutput;
+pub use devices::{Backing, Device};
 pub use spawn::{ChildSpec, open_kvm, own_program};
 pub use state::{ChildState, StopReason};
 
@@ -82,6 +85,8 @@ pub struct Child {
     pid: u32,
     process: Arc<PidFd>,
     states: watch::Receiver<ChildState>,
+    /// What was behind its devices when it greeted.
+    held: Vec<Device>,
     /// The process has ended, and was reaped if it was ours to reap.
     over: watch::Receiver<bool>,
 }
@@ -135,7 +140,15 @@ impl Child {
     }
 
     async fn done(&self, request: child_request::Request) -> Result<(), ChildError> {
-        match self.link.ask(request).await? {
+        self.done_with(request, Vec::new()).await
+    }
+
+    async fn done_with(
+        &self,
+        request: child_request::Request,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), ChildError> {
+        match self.link.ask_with(request, fds).await? {
             child_reply::Reply::Done(proto::ChildDone {}) => Ok(()),
             _ => Err(ChildError::Protocol("an answer to something else".into())),
         }
@@ -185,12 +198,13 @@ impl Child {
         }
     }
 
-    /// Starts tracking which pages are written. At first all of them are dirty.
+    /// Starts tracking which pages are written, of memory and, with `disks`, of
+    /// disks too. At first all of them are dirty.
     ///
     /// # Errors
     /// When KVM refuses.
-    pub async fn dirty_start(&self) -> Result<(), ChildError> {
-        self.done(child_request::Request::DirtyStart(proto::ChildDirtyStart {})).await
+    pub async fn dirty_start(&self, disks: bool) -> Result<(), ChildError> {
+        self.done(child_request::Request::DirtyStart(proto::ChildDirtyStart { disks })).await
     }
 
     /// The pages written since they were last cleared, by the guest or the VMM.

@@ -1,30 +1,14 @@
-//! What a guest's CPUs say of themselves.
+//! Leaves as one vCPU sees them: which of how many it is, and what the VMM sets
+//! for every guest whatever the host has.
 //!
-//! The base is what this host's KVM supports, unfiltered: a guest gets the
-//! features of the host it is started on and keeps them when it moves. (On a
-//! KVM that itself runs in a VM, these are the outer machine's features as far
-//! as that KVM can emulate them.) On top of it:
-//!
-//! - the topology is one package of `cpus` single-threaded cores, whose APIC
-//!   ids count from 0, as the ACPI tables say;
-//! - the hypervisor bit is set and KVM's own leaves are kept, so that a guest
-//!   finds kvmclock;
-//! - the TSC deadline timer and x2APIC are offered, which the in-kernel APIC
+//! - The topology is one package of `cpus` single-threaded cores, whose APIC
+//!   ids count from 0, as the ACPI tables say.
+//! - The hypervisor bit is set and KVM's own leaves are kept, so that a guest
+//!   finds kvmclock.
+//! - The TSC deadline timer and x2APIC are offered, which the in-kernel APIC
 //!   emulates whether or not the host has them.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::{Cap, Kvm};
-
-/// CPUID can't be made for a vCPU.
-#[derive(Debug, thiserror::Error)]
-pub enum CpuidError {
-    /// KVM does not tell what it supports.
-    #[error("KVM did not tell which CPU features it supports")]
-    Unknown(#[source] kvm_ioctls::Error),
-    /// More leaves than KVM takes.
-    #[error("the CPU features need more leaves than KVM takes")]
-    TooMany,
-}
+use kvm_bindings::kvm_cpuid_entry2;
 
 const X2APIC: u32 = 1 << 21;
 const TSC_DEADLINE: u32 = 1 << 24;
@@ -37,25 +21,13 @@ const CMP_LEGACY: u32 = 1 << 1;
 /// mean something on their CPUs only.
 const AMD_LIKE: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
 
-/// The CPUID of vCPU `index` of `cpus`.
-///
-/// # Errors
-/// When KVM does not tell what it supports.
-pub fn for_vcpu(kvm: &Kvm, index: u32, cpus: u32) -> Result<CpuId, CpuidError> {
-    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Unknown)?;
-    let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    let place = Place { index, cpus, deadline };
-    let leaves = patched(supported.as_slice(), place);
-    CpuId::from_entries(&leaves).map_err(|_| CpuidError::TooMany)
-}
-
 /// Which vCPU it is for.
 #[derive(Clone, Copy)]
-struct Place {
-    index: u32,
-    cpus: u32,
+pub(super) struct Place {
+    pub index: u32,
+    pub cpus: u32,
     /// Whether KVM emulates the TSC deadline timer.
-    deadline: bool,
+    pub deadline: bool,
 }
 
 /// Number of bits that tell `cpus` cores apart.
@@ -63,7 +35,7 @@ fn id_bits(cpus: u32) -> u32 {
     cpus.max(1).next_power_of_two().trailing_zeros()
 }
 
-fn patched(supported: &[kvm_cpuid_entry2], place: Place) -> Vec<kvm_cpuid_entry2> {
+pub(super) fn patched(supported: &[kvm_cpuid_entry2], place: Place) -> Vec<kvm_cpuid_entry2> {
     // KVM may give one empty subleaf of these, or the host's.
     let topology = [0xb, 0x1f];
     let first = supported.iter().find(|leaf| leaf.function == 0);
@@ -207,18 +179,5 @@ mod tests {
         assert_eq!((features.ebx, features.edx), (1 << 16 | 0x0800, 0));
         assert_eq!(features.ecx, HYPERVISOR | X2APIC);
         assert_eq!(find(&leaves, 0x8000_0008, 0).ecx, 0);
-    }
-
-    #[test]
-    fn kvm_takes_the_leaves_and_the_guest_still_finds_kvm() {
-        let kvm = Kvm::new().expect("/dev/kvm must exist and be usable: load kvm_intel or kvm_amd");
-        let vm = kvm.create_vm().unwrap();
-        vm.create_irq_chip().unwrap();
-        let vcpu = vm.create_vcpu(1).unwrap();
-        let cpuid = for_vcpu(&kvm, 1, 2).unwrap();
-        vcpu.set_cpuid2(&cpuid).unwrap();
-        let taken = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).unwrap();
-        assert_eq!(find(taken.as_slice(), 0x1, 0).ebx >> 24, 1);
-        assert_eq!(find(taken.as_slice(), 0x4000_0000, 0).ebx.to_le_bytes(), *b"KVMK");
     }
 }

@@ -1,0 +1,286 @@
+//! Network interfaces of VMs: their taps on this host.
+//!
+//! A tap is found by its name. Where the VM names a bridge too, a tap that is
+//! not there is made and put into the bridge; it goes when nobody has it open
+//! any more, which is when the VM is gone from here.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use migr_proto::v1::NetConfig;
+
+use super::child::{Backing, Child, Device};
+use super::told;
+use crate::sys::tap::{self, Interface};
+use crate::vmm::virtio::net::{HEADER_BYTES, Mac};
+use crate::workload::{Problem, WorkloadError};
+
+/// The most network interfaces of a VM.
+pub const MAX_NETS: usize = 4;
+
+/// A network interface can't be had on this host.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// No such tap, and no bridge for which one could be made.
+    #[error("there is no tap {tap}")]
+    NoTap {
+        /// Its name.
+        tap: String,
+    },
+    /// Another kind of interface has the name.
+    #[error("the interface {name} is no tap")]
+    NotTap {
+        /// Its name.
+        name: String,
+    },
+    /// Somebody else is behind the tap.
+    #[error("the tap {tap} is in use by another VM or process")]
+    Busy {
+        /// Its name.
+        tap: String,
+    },
+    /// No such bridge.
+    #[error("there is no bridge {bridge}")]
+    NoBridge {
+        /// Its name.
+        bridge: String,
+    },
+    /// The tap is a port of another bridge.
+    #[error("the tap {tap} is in the bridge {found}, not in {bridge}")]
+    OtherBridge {
+        /// Its name.
+        tap: String,
+        /// The bridge it should be in.
+        bridge: String,
+        /// The bridge it is in.
+        found: String,
+    },
+    /// No taps at all.
+    #[error("this host has no {}", tap::DEVICE)]
+    NoDevice,
+    /// The system refused.
+    #[error("cannot {what} {name}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// With which interface.
+        name: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl NetError {
+    /// What keeps a VM from arriving here, and what to do.
+    fn problem(&self) -> Problem {
+        let (code, remedy) = match self {
+            Self::NoTap { tap } => (
+                "destination-tap-missing",
+                format!(
+                    "make it there (`ip tuntap add dev {tap} mode tap`) and put it where it belongs"
+                ),
+            ),
+            Self::NotTap { name } => {
+                ("destination-tap-missing", format!("give the interface {name} another name there"))
+            }
+            Self::Busy { .. } => ("destination-tap-busy", "stop what uses it there".to_owned()),
+            Self::NoBridge { bridge } => (
+                "destination-bridge-missing",
+                format!("make it there: `ip link add {bridge} type bridge`"),
+            ),
+            Self::OtherBridge { tap, bridge, .. } => (
+                "destination-tap-busy",
+                format!("take it out of there: `ip link set {tap} master {bridge}`"),
+            ),
+            Self::NoDevice => ("destination-tap", "load the module tun there".to_owned()),
+            Self::System { .. } => {
+                ("destination-tap", "run migrd with CAP_NET_ADMIN there".to_owned())
+            }
+        };
+        Problem::new(code, self.to_string(), remedy)
+    }
+
+    fn on_this_host(&self) -> WorkloadError {
+        let Problem { message, remedy, .. } = self.problem();
+        WorkloadError::new(format!("{message}; {}", remedy.replace(" there", "")))
+    }
+}
+
+/// Whether a VM can have these interfaces; no host is looked at. They come from
+/// a user, a snapshot or a peer.
+///
+/// # Errors
+/// What can't be, and what could.
+pub fn check(nets: &[NetConfig]) -> Result<(), WorkloadError> {
+    let refuse = |text: String| Err(WorkloadError::new(text));
+    if nets.len() > MAX_NETS {
+        let count = nets.len();
+        return refuse(format!("{count} network interfaces are not possible: at most {MAX_NETS}"));
+    }
+    for (index, net) in nets.iter().enumerate() {
+        let NetConfig { tap, bridge, mac } = net;
+        let odd = if is_name(tap) { Some(bridge).filter(|b| !b.is_empty()) } else { Some(tap) };
+        if let Some(name) = odd.filter(|name| !is_name(name)) {
+            let shown: String = name.chars().take(40).collect();
+            return refuse(format!(
+                "{shown:?} can't be an interface: use at most {} letters, digits, '.', '_' and \
+                 '-', beginning with a letter or digit",
+                tap::NAME_MAX
+            ));
+        }
+        if !Mac::try_from(&mac[..]).is_ok_and(is_address) {
+            return refuse(format!("{} can't be an interface's address", show_mac(mac)));
+        }
+        if nets[..index].iter().any(|other| other.tap == *tap) {
+            return refuse(format!("the tap {tap} is named twice: each interface needs its own"));
+        }
+        if nets[..index].iter().any(|other| other.mac == *mac) {
+            return refuse(format!("the address {} is given twice", show_mac(mac)));
+        }
+    }
+    Ok(())
+}
+
+fn is_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    first && name.len() <= tap::NAME_MAX && name.chars().all(plain)
+}
+
+/// Of one interface, and not zero.
+fn is_address(mac: Mac) -> bool {
+    mac[0] & 1 == 0 && mac != Mac::default()
+}
+
+fn show_mac(mac: &[u8]) -> String {
+    let parts: Vec<_> = mac.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    parts.join(":")
+}
+
+/// Fills in what a user left open: an address that nobody else has, and with a
+/// bridge a name.
+pub fn complete(net: &mut NetConfig) {
+    let random = uuid::Uuid::new_v4().into_bytes();
+    if net.mac.is_empty() {
+        // Administered by nobody (IEEE 802, 8.4).
+        net.mac = [2, random[0], random[1], random[2], random[3], random[4]].to_vec().into();
+    }
+    if net.tap.is_empty() && !net.bridge.is_empty() {
+        let [a, b, c] =
+            [net.mac.get(3), net.mac.get(4), net.mac.get(5)].map(|byte| byte.copied().unwrap_or(0));
+        net.tap = format!("migr{a:02x}{b:02x}{c:02x}{:02x}", random[5]);
+    }
+}
+
+/// What keeps a VM with these interfaces from arriving on this host. Nothing is
+/// changed.
+#[must_use]
+pub fn problems(nets: &[NetConfig]) -> Vec<Problem> {
+    if nets.is_empty() {
+        return Vec::new();
+    }
+    if !Path::new(tap::DEVICE).exists() {
+        return vec![NetError::NoDevice.problem()];
+    }
+    nets.iter().filter_map(|net| look(net).err()).map(|error| error.problem()).collect()
+}
+
+/// Says whether the tap is there.
+fn look(net: &NetConfig) -> Result<bool, NetError> {
+    let NetConfig { tap, bridge, mac: _ } = net;
+    if !bridge.is_empty() && seen(bridge)? != Some(Interface::Bridge) {
+        return Err(NetError::NoBridge { bridge: bridge.clone() });
+    }
+    match seen(tap)? {
+        None if bridge.is_empty() => Err(NetError::NoTap { tap: tap.clone() }),
+        None => Ok(false),
+        Some(Interface::Tap { busy: true }) => Err(NetError::Busy { tap: tap.clone() }),
+        Some(Interface::Tap { busy: false }) => Ok(true),
+        Some(Interface::Bridge | Interface::Other) => Err(NetError::NotTap { name: tap.clone() }),
+    }
+}
+
+fn seen(name: &str) -> Result<Option<Interface>, NetError> {
+    tap::look(name).map_err(system("look at", name))
+}
+
+fn system(what: &'static str, name: &str) -> impl FnOnce(io::Error) -> NetError {
+    let name = name.to_owned();
+    move |source| NetError::System { what, name, source }
+}
+
+/// Opens the tap of an interface, makes it before if need be, and switches it on.
+///
+/// # Errors
+/// Why it can't be had. What was made for it is gone then.
+pub fn open(net: &NetConfig) -> Result<OwnedFd, NetError> {
+    let NetConfig { tap, bridge, mac } = net;
+    let was_there = look(net)?;
+    let header = u8::try_from(HEADER_BYTES).unwrap_or(u8::MAX);
+    let opened = tap::open(tap, header).map_err(|source| match source.raw_os_error() {
+        Some(libc::EBUSY) => NetError::Busy { tap: tap.clone() },
+        _ => system("open the tap", tap)(source),
+    })?;
+    if !was_there {
+        let address = Mac::try_from(&mac[..]).map(own_address).unwrap_or_default();
+        tap::set_address(tap, address).map_err(system("give an address to", tap))?;
+    }
+    if !bridge.is_empty() {
+        join(bridge, tap)?;
+    }
+    tap::set_up(tap).map_err(system("switch on", tap))?;
+    Ok(opened)
+}
+
+/// The address of the host's end: a bridge takes the lowest of its ports', so
+/// it is a high one, lest the bridge's own change with each VM.
+fn own_address(guest: Mac) -> Mac {
+    let mut mac = guest;
+    mac[0] = if guest[0] == 0xfe { 0xfa } else { 0xfe };
+    mac
+}
+
+fn join(bridge: &str, tap: &str) -> Result<(), NetError> {
+    match tap::join(bridge, tap) {
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+            let master = std::fs::read_link(format!("/sys/class/net/{tap}/master"));
+            let found = master.ok().and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
+            match found.filter(|found| found != bridge) {
+                Some(found) => Err(NetError::OtherBridge {
+                    tap: tap.to_owned(),
+                    bridge: bridge.to_owned(),
+                    found,
+                }),
+                None => Ok(()),
+            }
+        }
+        joined => joined.map_err(system("add to its bridge", tap)),
+    }
+}
+
+/// Opens the taps of a VM and gives them to its child, which has them from
+/// then on as long as it lives.
+///
+/// # Errors
+/// When one can't be had.
+pub(super) async fn attach(child: &Child) -> Result<(), WorkloadError> {
+    let nets = child.config().nets.clone();
+    if nets.is_empty() {
+        return Ok(());
+    }
+    let opened = tokio::task::spawn_blocking(move || {
+        let one = |(index, net)| {
+            let fd = open(net).map_err(|error| error.on_this_host())?;
+            Ok(Backing { device: Device::Net(index), fd })
+        };
+        (0..).zip(&nets).map(one).collect::<Result<Vec<_>, WorkloadError>>()
+    });
+    let failed = |e| Err(WorkloadError::caused("opening its taps failed", e));
+    let backings = opened.await.unwrap_or_else(failed)?;
+    child.give(backings).await.map_err(told("give it its taps"))
+}
+
+#[cfg(test)]
+mod tests;
