@@ -16,7 +16,7 @@ const SHELL: &str = "2323";
 /// What it prints when it has booted.
 pub const UP: &str = "init: up, kernel";
 /// What it prints when it ends in order.
-pub const CLEAN: &str = "init: file systems are clean";
+pub const CLEAN: &str = "init: file systems are unmounted";
 
 /// The path of a file that `guest-images/linux/build.sh` makes. It is the same
 /// outside and in every host.
