@@ -1,7 +1,6 @@
 //! Virtio devices of VMM children, on real KVM: guests of a few instructions
 //! drive a disk, and its file is looked at.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -195,7 +194,7 @@ struct Wire {
     socket: UnixStream,
     received: Vec<u8>,
     next: u64,
-    told: VecDeque<proto::ChildStatus>,
+    told: Vec<proto::ChildStatus>,
 }
 
 impl Wire {
@@ -205,7 +204,7 @@ impl Wire {
         let mut greeting = [0; 1];
         let (_, shared) = fds::receive(&socket, &mut greeting).unwrap();
         assert_eq!((greeting, shared.len()), ([b'M'], 3));
-        Self { socket, received: Vec::new(), next: 1, told: VecDeque::new() }
+        Self { socket, received: Vec::new(), next: 1, told: Vec::new() }
     }
 
     fn message(&mut self) -> child_message::Message {
@@ -240,7 +239,7 @@ impl Wire {
                         reply => Ok(reply),
                     };
                 }
-                child_message::Message::StateChanged(status) => self.told.push_back(status),
+                child_message::Message::StateChanged(status) => self.told.push(status),
                 child_message::Message::CannotStart(why) => panic!("{why}"),
             }
         }
@@ -272,11 +271,11 @@ impl Wire {
     /// Waits until the guest has ended.
     fn stopped(&mut self) -> proto::GuestStop {
         loop {
-            if let Some(stop) = self.told.pop_front().and_then(|status| status.stop) {
+            if let Some(stop) = self.told.drain(..).find_map(|status| status.stop) {
                 return stop;
             }
             if let child_message::Message::StateChanged(status) = self.message() {
-                self.told.push_back(status);
+                self.told.push(status);
             }
         }
     }
