@@ -185,6 +185,8 @@ async fn write_frozen(
     workload: &mut dyn Workload,
     directory: &Path,
 ) -> Result<(u64, u64), CheckpointError> {
+    // A migration that failed may have had them with it.
+    workload.carry(false).await?;
     let pages = workload.dirty().await?;
     let state = workload.save().await?;
     let (streams, chunks) = (workload.streams(), workload.chunks());

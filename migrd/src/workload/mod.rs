@@ -217,7 +217,7 @@ pub trait Workload: Send + Sync {
     fn terminal(&self) -> Arc<dyn Terminal>;
 
     /// Chooses whether its disks travel with it: from then on they are among
-    /// its [`streams`](Self::streams), or no longer.
+    /// its [`streams`](Self::streams) and [`chunks`](Self::chunks), or no longer.
     ///
     /// # Errors
     /// When a disk can't travel.

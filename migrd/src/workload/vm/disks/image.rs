@@ -108,7 +108,10 @@ impl Image {
             }
             image.before = note;
         }
-        image.drop_cache();
+        // What has just been copied to here is nowhere newer.
+        if image.before.as_ref().is_none_or(|note| note.state != State::Arriving) {
+            image.drop_cache();
+        }
         Ok(image)
     }
 
