@@ -371,7 +371,9 @@ async fn what_a_disk_writes_shows_in_the_dirty_log_and_so_do_writes_to_it() {
         child_reply::Reply::Dirty(pages) => migrd::vmm::pages::from_wire(&pages),
         other => panic!("{other:?}"),
     };
-    vm.wire.done(child_request::Request::DirtyStart(proto::ChildDirtyStart { disks: true })).unwrap();
+    vm.wire
+        .done(child_request::Request::DirtyStart(proto::ChildDirtyStart { disks: true }))
+        .unwrap();
     let read = || child_request::Request::DirtyRead(proto::ChildDirtyRead {});
     let all = ask(&mut vm, read());
     assert!(all.get(StreamKey(128)).unwrap().count() >= DISK_BYTES / PAGE_SIZE);
