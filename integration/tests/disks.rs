@@ -152,7 +152,7 @@ fn what_can_be_no_disk_is_refused_by_name() -> Result<()> {
     refused(&pair, &pair.a, &["--disk", text(&there("directory"))?], &["neither a file"])?;
     let good = text(&there("good"))?.to_owned();
     refused(&pair, &pair.a, &["--disk", &good, "--disk", &good], &["twice"])?;
-    let nine = vec!["--disk", &good].repeat(9);
+    let nine = ["--disk", &good].repeat(9);
     refused(&pair, &pair.a, &nine, &["at most 8"])?;
     ensure!(note(&there("good"))?.is_none() && is_free(&there("good"))?);
     pair.finish(pulse.name)
