@@ -171,8 +171,10 @@ check "lints" cargo clippy --locked --workspace --all-targets -- -D warnings
 check "lints with failpoints" \
     cargo clippy --locked -p migrd --features failpoints -- -D warnings
 if command -v shellcheck >/dev/null; then
-    check "shell scripts" shellcheck -x integration/*.sh integration/*/*.sh .ci/run
-    check "scripts of busybox" shellcheck -s dash integration/src/lab/init.sh
+    check "shell scripts" shellcheck -x \
+        integration/*.sh integration/*/*.sh guest-images/linux/*.sh .ci/run
+    check "scripts of busybox" shellcheck -s dash integration/src/lab/init.sh \
+        guest-images/linux/root/init guest-images/linux/root/etc/shutdown
 fi
 check "build" build
 check "guest of the lab" guest-images/linux/build.sh
