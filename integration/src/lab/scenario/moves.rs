@@ -92,14 +92,16 @@ impl Series {
     fn note(&mut self, way: &str, report: &Value) -> Result<()> {
         let bytes = report["bytes_on_wire"].as_f64().context("no bytes in the report")?;
         self.downtime_ms += report["downtime_ms"].as_f64().context("no downtime in the report")?;
-        self.table.row(&[
+        let row = [
             self.moves.to_string(),
             way.to_owned(),
             figure(report, "total_ms"),
             figure(report, "downtime_ms"),
             format!("{:.1}", bytes / f64::from(1 << 20)),
             report["rounds"].as_array().map_or(0, Vec::len).to_string(),
-        ]);
+        ];
+        eprintln!("move {}", row.join("  "));
+        self.table.row(&row);
         Ok(())
     }
 

@@ -61,9 +61,13 @@ pub fn lose_source(
     guest.expect_alive(destination).context("with its source off")?;
     client.expect_progress().context("with its source off")?;
     back_on(source)?;
-    let there = source.state_of(guest.name)?;
-    ensure!(there.as_deref().is_none_or(|state| state == "gone"), "host 1 has it {there:?}");
-    Ok(there.unwrap_or_else(|| "does not have it".to_owned()))
+    // It may have to ask first.
+    wait::patiently("the source to know that it does not own it", || {
+        let there = source.state_of(guest.name)?;
+        ensure!(there.as_deref() != Some("running"), "the guest runs at both hosts");
+        let known = there.as_deref().is_none_or(|state| state == "gone");
+        Ok(known.then(|| there.unwrap_or_else(|| "does not have it".to_owned())))
+    })
 }
 
 /// The source goes off when it has released the guest and not yet told the
