@@ -107,6 +107,7 @@ impl Shape {
             memory_mib: self.memory,
             cpus: self.cpus,
             models: self.models.iter().cloned().collect(),
+            ..Settings::default()
         };
         settings.check()?;
         Ok(settings)

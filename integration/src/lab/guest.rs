@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::host::Host;
 use super::layout::BRIDGE;
+use super::qemu::Accelerator;
 use crate::binaries;
 use crate::wait;
 
@@ -88,8 +89,9 @@ impl Guest {
         let (kernel, initrd) = (file(self.kernel)?, file("initrd")?);
         let memory = format!("{}M", self.memory_mib);
         let cmdline = format!(
-            "console=ttyS0 quiet panic=-1 migr.ip={}/24 migr.witness migr.shell={SHELL}",
-            self.address()
+            "console=ttyS0 quiet panic=-1 migr.ip={}/24 migr.witness migr.shell={SHELL}{}",
+            self.address(),
+            Accelerator::of_this_machine().guest_parameters(),
         );
         let net = format!("bridge={BRIDGE}");
         let fixed = ["run", self.name, "--kernel", &kernel, "--initrd", &initrd];

@@ -16,6 +16,7 @@
 pub mod agent;
 pub mod channel;
 pub mod client;
+pub mod clock;
 pub mod cpio;
 pub mod daemon;
 pub mod diagnosis;

@@ -55,11 +55,25 @@ pub fn start(command: &[String], life: Life, log: &Path, pid_file: &Path) -> Res
         .spawn()
         .with_context(|| format!("start {}", command[0]))?;
     let started = started_at(child.id()).context("it ended at once")?;
+    if life == Life::WithItsOwner {
+        wait::until("the process to be bound to its owner", || Ok(is_bound(child.id())))?;
+    }
     fs::write(pid_file, format!("{} {started}\n", child.id()))?;
     // Waited for, so that it is gone when it has ended. Its end is seen by the
     // file.
     std::thread::spawn(move || child.wait());
     Ok(())
+}
+
+/// Whether `setpriv` has done its work: it does nothing for an owner that has
+/// ended before.
+fn is_bound(pid: u32) -> Option<()> {
+    // Without arguments it has ended.
+    let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let first = arguments.split(|byte| *byte == 0).next()?;
+    // Before that it still has the name of this program.
+    let own = std::env::args_os().next().unwrap_or_default();
+    (first != b"setpriv" && first != own.as_encoded_bytes()).then_some(())
 }
 
 /// The process that a file names, if it still runs.

@@ -57,6 +57,18 @@ impl Accelerator {
         }
     }
 
+    /// Words for the kernel command line of a guest in such a host. The emulation
+    /// does not tell KVM when a guest switches AVX on, so that CPUID goes on
+    /// saying how much room the registers took without it. Linux then complains
+    /// and does without XSAVE; so it is told to from the start.
+    #[must_use]
+    pub fn guest_parameters(self) -> &'static str {
+        match self {
+            Self::Kvm => "",
+            Self::Emulation => " noxsave",
+        }
+    }
+
     /// What hosts get that ask for nothing else.
     fn cpu(self) -> &'static str {
         match self {
@@ -106,7 +118,7 @@ pub fn command(
     add("-serial", "chardev:console");
     add("-kernel", &layout.kernel().display().to_string());
     add("-initrd", &layout.initramfs().display().to_string());
-    add("-append", &kernel_command_line(number, accelerator)?);
+    add("-append", &kernel_command_line(settings, number, accelerator)?);
     let lent = "security_model=none,multidevs=remap";
     add("-virtfs", &format!("local,path=/,mount_tag=host,readonly=on,{lent}"));
     let shared = layout.shared().display().to_string();
@@ -131,11 +143,19 @@ pub fn command(
     Ok(command)
 }
 
-fn kernel_command_line(number: HostNumber, accelerator: Accelerator) -> Result<String> {
+fn kernel_command_line(
+    settings: &Settings,
+    number: HostNumber,
+    accelerator: Accelerator,
+) -> Result<String> {
     let agent = Program::Lab.path()?;
+    let frequency = match settings.tsc_khz {
+        Some(khz) if accelerator == Accelerator::Emulation => format!(" tsc_early_khz={khz}"),
+        _ => String::new(),
+    };
     Ok(format!(
-        "console=ttyS0 quiet panic=-1 net.ifnames=0{} lab.host={number} lab.address={} \
-         lab.agent={}",
+        "console=ttyS0 quiet panic=-1 net.ifnames=0{}{frequency} lab.host={number} \
+         lab.address={} lab.agent={}",
         accelerator.kernel_parameters(),
         number.address(),
         agent.display(),

@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::clock;
 use super::layout::Layout;
 
 /// The most hosts that a lab can have.
@@ -75,11 +76,19 @@ pub struct Settings {
     pub cpus: u8,
     /// QEMU CPU models of hosts that are to differ from the others.
     pub models: BTreeMap<HostNumber, String>,
+    /// How fast the machine's time stamp counter runs, if it says.
+    pub tsc_khz: Option<u32>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { hosts: 2, memory_mib: 2048, cpus: 2, models: BTreeMap::new() }
+        Self {
+            hosts: 2,
+            memory_mib: 2048,
+            cpus: 2,
+            models: BTreeMap::new(),
+            tsc_khz: clock::tsc_khz(),
+        }
     }
 }
 
