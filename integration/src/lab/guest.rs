@@ -108,7 +108,7 @@ impl Guest {
         self.wait_up_times(host, 1)
     }
 
-    /// Waits until it has booted that many times.
+    /// Waits until it has booted that many times, and its witness works.
     ///
     /// # Errors
     /// When it does not, with what it printed.
@@ -117,7 +117,8 @@ impl Guest {
         wait::patiently(&format!("boot {times} of {}", self.name), || {
             let state = host.state_of(self.name)?;
             printed = host.guest_log(self.name)?;
-            if printed.matches(UP).count() >= times {
+            let last_boot = printed.match_indices(UP).nth(times - 1);
+            if last_boot.is_some_and(|(at, _)| heartbeats(&printed[at..]) > 1) {
                 return Ok(Some(()));
             }
             ensure!(state.as_deref() == Some("running"), "{} is {state:?}", self.name);
