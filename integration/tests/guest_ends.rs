@@ -132,6 +132,7 @@ fn a_guest_that_resets_in_the_middle_of_a_move_starts_anew_and_can_move_again() 
     link.cut();
     moving.wait()?.expect(4, &["failed"])?;
     ensure!(pair.a.state_of(pulse.name)?.as_deref() == Some("running"));
+    wait::until("the destination to drop it", || Ok(pair.b.workloads()?.is_empty().then_some(())))?;
     let moved = pair.there(pulse.name, &["--verify"])?;
     ensure!(moved["verified"] == true, "{moved}");
     pair.finish(pulse.name)

@@ -172,7 +172,17 @@ mod tests {
     fn a_process_goes_with_the_thread_that_owns_it() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().to_owned();
-        let owner = std::thread::spawn(move || sleeper(&path, Life::WithItsOwner));
+        let owner = std::thread::spawn(move || {
+            let pid_file = sleeper(&path, Life::WithItsOwner);
+            // Until then it is a program that has not said yet whom it goes with.
+            wait::until("the process to be what it was started as", || {
+                let Some(pid) = running(&pid_file)? else { return Ok(None) };
+                let name = fs::read_to_string(format!("/proc/{pid}/comm"))?;
+                Ok((name.trim() == "sleep").then_some(()))
+            })
+            .expect("started");
+            pid_file
+        });
         let pid_file = owner.join().expect("it has started one");
         wait::until("the process to go with its owner", || {
             Ok(running(&pid_file)?.is_none().then_some(()))

@@ -456,3 +456,25 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn virtio_devices_are_announced_each_with_its_place_and_interrupt() {
+    let mem = memory(RAM);
+    let device = |address, gsi| acpi::MmioDevice { address, length: 0x1000, gsi };
+    let write = |devices: &[_]| {
+        acpi::write_tables(&mem, acpi::Described { cpus: 1, platform: true, devices })
+    };
+    write(&[device(0xd000_0000, 16), device(0xd000_1000, 5)]).unwrap();
+    let mut tables = vec![0; 4096];
+    mem.read_slice(&mut tables, GuestAddress(layout::ACPI_TABLES)).unwrap();
+    let count = |wanted: &[u8]| tables.windows(wanted.len()).filter(|w| *w == wanted).count();
+    assert_eq!(count(b"LNRO0005\0"), 2);
+    // Memory32Fixed, 9 bytes, writable; Interrupt, 6 bytes, consumer and edge
+    // (ACPI 6.5, 6.4.3.4 and 6.4.3.6).
+    for (place, gsi) in [(0x00, 16), (0x10, 5)] {
+        assert_eq!(count(&[0x86, 9, 0, 1, 0, place, 0, 0xd0, 0, 0x10, 0, 0]), 1);
+        assert_eq!(count(&[0x89, 6, 0, 3, 1, gsi, 0, 0, 0]), 1);
+    }
+    let far = write(&[device(1 << 32, 16)]);
+    assert!(matches!(far, Err(BootError::DeviceAddress { .. })));
+}

@@ -196,7 +196,8 @@ pub enum Purpose {
     New,
     /// A VM that has arrived here.
     Arrived,
-    /// A VM that had let go of it here, and stays.
+    /// A VM that is this host's and does not have it: it had let go of it and
+    /// stays, or the daemon was killed before it could open it.
     TakenBack,
 }
 
@@ -225,7 +226,8 @@ pub fn may_take(
         }
         State::Moved if same && here && purpose == Purpose::TakenBack => Ok(()),
         State::Moved => Err(DiskError::Stale { path, holder: who, note }),
-        State::Arriving if same && here && purpose == Purpose::Arrived => Ok(()),
+        // Owned by now: a daemon that was killed right after that finds it so.
+        State::Arriving if same && here && purpose != Purpose::New => Ok(()),
         State::Arriving => Err(DiskError::Incomplete { path, holder: who, note }),
     }
 }

@@ -189,7 +189,8 @@ fn who_may_take_an_image_follows_from_its_note() {
         (State::Moved, &neighbour, New, "destination-disk-stale"),
         (State::Moved, &other, New, "destination-disk-stale"),
         (State::Arriving, &web, Arrived, "none"),
-        (State::Arriving, &web, TakenBack, "destination-disk-stale"),
+        (State::Arriving, &web, TakenBack, "none"),
+        (State::Arriving, &web, New, "destination-disk-stale"),
         (State::Arriving, &there, Arrived, "destination-disk-stale"),
         (State::Arriving, &neighbour, New, "destination-disk-stale"),
     ];
