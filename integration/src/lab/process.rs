@@ -55,25 +55,24 @@ pub fn start(command: &[String], life: Life, log: &Path, pid_file: &Path) -> Res
         .spawn()
         .with_context(|| format!("start {}", command[0]))?;
     let started = started_at(child.id()).context("it ended at once")?;
-    if life == Life::WithItsOwner {
-        wait::until("the process to be bound to its owner", || Ok(is_bound(child.id())))?;
-    }
     fs::write(pid_file, format!("{} {started}\n", child.id()))?;
+    let pid = child.id();
     // Waited for, so that it is gone when it has ended. Its end is seen by the
     // file.
     std::thread::spawn(move || child.wait());
+    if life == Life::WithItsOwner {
+        wait::until("the process to be bound to its owner", || Ok(is_bound(pid)))?;
+    }
     Ok(())
 }
 
-/// Whether `setpriv` has done its work: it does nothing for an owner that has
-/// ended before.
+/// Whether `setpriv` has done its work, which comes too late for an owner that
+/// has ended before.
 fn is_bound(pid: u32) -> Option<()> {
     // Without arguments it has ended.
     let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let first = arguments.split(|byte| *byte == 0).next()?;
-    // Before that it still has the name of this program.
-    let own = std::env::args_os().next().unwrap_or_default();
-    (first != b"setpriv" && first != own.as_encoded_bytes()).then_some(())
+    (first != b"setpriv").then_some(())
 }
 
 /// The process that a file names, if it still runs.
@@ -172,17 +171,7 @@ mod tests {
     fn a_process_goes_with_the_thread_that_owns_it() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().to_owned();
-        let owner = std::thread::spawn(move || {
-            let pid_file = sleeper(&path, Life::WithItsOwner);
-            // Until then it is a program that has not said yet whom it goes with.
-            wait::until("the process to be what it was started as", || {
-                let Some(pid) = running(&pid_file)? else { return Ok(None) };
-                let name = fs::read_to_string(format!("/proc/{pid}/comm"))?;
-                Ok((name.trim() == "sleep").then_some(()))
-            })
-            .expect("started");
-            pid_file
-        });
+        let owner = std::thread::spawn(move || sleeper(&path, Life::WithItsOwner));
         let pid_file = owner.join().expect("it has started one");
         wait::until("the process to go with its owner", || {
             Ok(running(&pid_file)?.is_none().then_some(()))
