@@ -2,7 +2,8 @@
 # Runs every check and every test of the project, and says how many of each
 # kind ran.
 #
-#   integration/test.sh            everything
+#   integration/test.sh            everything but the lab's scenarios
+#   integration/test.sh --lab      those, too
 #   integration/test.sh --build    only build what the tests run
 #   integration/test.sh --build --release    … for the demo, soak and bench
 #
@@ -39,6 +40,9 @@ check() {
     fi
 }
 
+# Whether the lab's scenarios are to run.
+with_lab=false
+
 # Whether the tests of real virtual machines run in the lab.
 kvm_in_lab() {
     [ "${MIGR_TEST_KVM-}" = lab ] || [ ! -e /dev/kvm ]
@@ -46,11 +50,13 @@ kvm_in_lab() {
 
 # Runs every test; one line "ok|failed BINARY TEST" for each goes to $1.
 run_tests() {
-    local programs filter='all()' name
-    mapfile -t programs < <(kvm_programs)
+    local programs=() others=() filter='all()' name
     if kvm_in_lab; then
-        for name in "${programs[@]}"; do filter+=" - binary(=$name)"; done
+        mapfile -t programs < <(kvm_programs)
     fi
+    others=("${programs[@]}")
+    $with_lab || others+=(lab)
+    for name in "${others[@]}"; do filter+=" - binary(=$name)"; done
     if cargo nextest --version >/dev/null 2>&1; then
         say "== tests, with cargo-nextest"
         cargo nextest run --locked --workspace --no-fail-fast --color never -E "$filter" \
@@ -64,14 +70,10 @@ run_tests() {
              }' "$1.log" >"$1"
     else
         say "== tests, with cargo test (cargo-nextest is not installed)"
-        local options=(--workspace)
-        if kvm_in_lab; then
-            options+=(--lib --bins --examples --test lab)
-            # The rest of the workspace's test programs, which need no KVM.
-            for name in $(test_programs); do
-                [[ " ${programs[*]} " == *" $name "* ]] || options+=(--test "$name")
-            done
-        fi
+        local options=(--workspace --lib --bins --examples)
+        for name in $(test_programs); do
+            [[ " ${others[*]} " == *" $name "* ]] || options+=(--test "$name")
+        done
         # One lab at a time: its hosts take the whole machine.
         RUST_TEST_THREADS=1 cargo test --locked "${options[@]}" --no-fail-fast --color never \
             2>&1 | tee "$1.log" || true
@@ -158,6 +160,11 @@ if [ "${1-}" = --build ]; then
     exit
 fi
 
+case "${1-}" in
+    '') ;;
+    --lab) with_lab=true ;;
+    *) fail "usage: integration/test.sh [--lab | --build [--release]]" ;;
+esac
 need_build_tools
 kvm_in_lab || need_kvm
 [ "$(id -u)" = 0 ] || fail "some tests start daemons in mount namespaces: run this as root"
@@ -177,7 +184,7 @@ if command -v shellcheck >/dev/null; then
         guest-images/linux/root/init guest-images/linux/root/etc/shutdown
 fi
 check "build" build
-check "guest of the lab" guest-images/linux/build.sh
+if $with_lab; then check "guest of the lab" guest-images/linux/build.sh; fi
 
 passed=$checks_passed
 failed=${#checks_failed[@]}
@@ -192,7 +199,9 @@ say ""
 place="this machine's KVM"
 kvm_in_lab && place="KVM in a host of the lab"
 say "Ran on: $(uname -sr), $place ($(nproc) CPUs)"
-for kind in unit property state-machine real-KVM lab; do
+kinds=(unit property state-machine real-KVM)
+if $with_lab; then kinds+=(lab); fi
+for kind in "${kinds[@]}"; do
     good=$(count "$results/kinds" "$kind ok")
     bad=$(count "$results/kinds" "$kind failed")
     say "$(printf '%-14s %4d passed, %d failed' "$kind" "$good" "$bad")"
