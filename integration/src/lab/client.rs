@@ -14,6 +14,7 @@ pub struct Client {
     host: Host,
     pid: u32,
     log: String,
+    wall_offset_ms: f64,
 }
 
 impl Client {
@@ -26,12 +27,20 @@ impl Client {
         let witness = guest::file("witness")?;
         let words = [&witness, "client", guest.address(), guest::PORT];
         let pid = host.spawn(&words, &[], &log)?;
-        let client = Self { host: host.clone(), pid, log };
-        wait::patiently("the client's first report", || {
+        let mut client = Self { host: host.clone(), pid, log, wall_offset_ms: 0.0 };
+        let first = wait::patiently("the client's first report", || {
             client.expect_alive()?;
             Ok(client.lines()?.last().cloned())
         })?;
+        client.wall_offset_ms = wall_offset_ms(&first)?;
         Ok(client)
+    }
+
+    /// The guest's wall clock minus that of the client's host when it started,
+    /// in ms.
+    #[must_use]
+    pub fn first_wall_offset_ms(&self) -> f64 {
+        self.wall_offset_ms
     }
 
     /// All its reports.
@@ -91,4 +100,12 @@ impl Client {
         ensure!(summary["server_faults"] == 0, "the guest found faults: {summary}");
         Ok(summary)
     }
+}
+
+/// What a report says of the guest's wall clock, in ms.
+///
+/// # Errors
+/// When it says nothing of it.
+pub fn wall_offset_ms(report: &Value) -> Result<f64> {
+    Ok(report["wall_offset_us"].as_f64().context("no clock in the client's report")? / 1000.0)
 }

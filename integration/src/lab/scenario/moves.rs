@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::table::{Table, figure};
 use crate::lab::Lab;
-use crate::lab::client::Client;
+use crate::lab::client::{Client, wall_offset_ms};
 use crate::lab::guest::{CLEAN, Guest};
 use crate::lab::host::Host;
 use crate::lab::judge;
@@ -111,6 +111,7 @@ impl Series {
     /// Saying what is wrong.
     pub fn judge(self, home: &Host, guest: &Guest, client: Client) -> Result<()> {
         judge::kernel_is_content(guest, home)?;
+        let at_first = client.first_wall_offset_ms();
         let seen = client.finish()?;
         home.migctl(&["stop", guest.name, "--timeout", "10m"])?.ok()?;
         let log = home.guest_log(guest.name)?;
@@ -119,13 +120,14 @@ impl Series {
         let disk = judge::disk_is_whole(guest, home, synced)?;
         home.migctl(&["rm", guest.name])?.ok()?;
 
-        let offset_ms = seen["wall_offset_us"].as_f64().context("no clock")? / 1000.0;
+        let offset_ms = wall_offset_ms(&seen)?;
         let allowed = self.downtime_ms + CLOCK_TOLERANCE_MS;
         self.table.print();
         println!(
             "one connection: {} frames from the guest, {} echoes, longest silence {} ms\n\
              disk: file system clean, {} records and none missing, longest gap {} ms\n\
-             the guest's wall clock is {offset_ms:.1} ms off; downtimes together {:.1} ms\n\
+             the guest's wall clock was {at_first:.1} ms off, is {offset_ms:.1} ms off; downtimes \
+             together {:.1} ms\n\
              the guest's kernel: no lockup, no stall, no watchdog, no I/O error",
             seen["ticks"],
             seen["echoed"],
