@@ -69,10 +69,13 @@ pub fn start(command: &[String], life: Life, log: &Path, pid_file: &Path) -> Res
 /// Whether `setpriv` has done its work, which comes too late for an owner that
 /// has ended before.
 fn is_bound(pid: u32) -> Option<()> {
-    // Without arguments it has ended.
+    if started_at(pid).is_none() {
+        return Some(());
+    }
     let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let first = arguments.split(|byte| *byte == 0).next()?;
-    (first != b"setpriv").then_some(())
+    // In the middle of becoming setpriv it has no arguments yet.
+    (!first.is_empty() && first != b"setpriv").then_some(())
 }
 
 /// The process that a file names, if it still runs.
