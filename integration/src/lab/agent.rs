@@ -29,6 +29,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 pub fn serve() -> Result<()> {
     // Before the first guest, and for as long as the host lives.
     let _still = StillVm::new()?;
+    switch_on_cpus()?;
     let mut threads = Vec::new();
     for channel in 0..CHANNELS {
         let device = device(&format!("lab.{channel}"))?;
@@ -40,6 +41,20 @@ pub fn serve() -> Result<()> {
     for thread in threads {
         // A thread that panics leaves its channel dead; the others go on.
         let _ = thread.join();
+    }
+    Ok(())
+}
+
+/// Switches on the CPUs that an emulated host was started without: making the
+/// VM that never runs patches the kernel, too, which is safe as long as no other
+/// CPU runs it.
+fn switch_on_cpus() -> Result<()> {
+    for entry in fs::read_dir("/sys/devices/system/cpu").context("list the CPUs")? {
+        let online = entry?.path().join("online");
+        // Not every entry is a CPU, and the first CPU can't be switched.
+        if fs::read_to_string(&online).is_ok_and(|state| state.trim() == "0") {
+            fs::write(&online, "1").with_context(|| format!("write {}", online.display()))?;
+        }
     }
     Ok(())
 }

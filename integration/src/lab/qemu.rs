@@ -87,9 +87,10 @@ impl Accelerator {
             // forget that the local APIC has just asked for attention
             // (`interrupt_request` is changed by two threads at once), and a CPU
             // that waits for the one-shot timer it has set then waits for ever.
-            // A periodic timer asks again at the next tick.
+            // A periodic timer asks again at the next tick. The agent switches
+            // the other CPUs on.
             Self::Emulation => {
-                " lab.kvm_amd=npt=0 mitigations=off tsc=reliable nohz=off highres=off"
+                " lab.kvm_amd=npt=0 mitigations=off tsc=reliable nohz=off highres=off maxcpus=1"
             }
         }
     }
