@@ -80,6 +80,7 @@ pub fn in_the_middle_of_precopy() -> Result<()> {
     source.signal_migrd("CONT")?;
     std::thread::sleep(CUT);
     client.expect_progress().context("while the network is cut")?;
+    let silence = client.latest()?["longest_silence_ms"].clone();
     destination.heal()?;
 
     let report = moving.report()?;
@@ -106,7 +107,8 @@ pub fn in_the_middle_of_precopy() -> Result<()> {
     for (what, saw) in [
         ("the move", format!("{outcome} {error}")),
         ("the guest's connection", format!("whole, {} frames", seen["ticks"])),
-        ("its longest silence", format!("{} ms", seen["longest_silence_ms"])),
+        ("its longest silence until healed", format!("{silence} ms")),
+        ("with the next move", format!("{} ms", seen["longest_silence_ms"])),
         ("the next move", "completed".to_owned()),
     ] {
         table.row(&[what.to_owned(), saw]);
