@@ -226,7 +226,7 @@ impl ChunkSource for GuestMapping {
         let range = self.range(key, offset, length)?;
         // What was given back must not take memory again for being read.
         let end = range.offset + length;
-        if matches!(memfd::next_data(&self.file, range.offset, end), Ok(None)) {
+        if matches!(memfd::is_hole(&self.file, range.offset, end), Ok(true)) {
             return Ok(true);
         }
         let length = usize::try_from(length).expect("checked against a mapped file");

@@ -56,6 +56,20 @@ pub fn next_data(file: &File, from: u64, end: u64) -> io::Result<Option<(u64, u6
     Ok(Some((unsigned(start)?, unsigned(stop)?.min(end))))
 }
 
+/// Whether there is no data at or after `from` and before `end`. Quick where
+/// there is: it looks no further, while [`next_data`] looks for the data's end.
+///
+/// # Errors
+/// What lseek(2) says.
+pub fn is_hole(file: &File, from: u64, end: u64) -> io::Result<bool> {
+    let offset = i64::try_from(from).map_err(io::Error::other)?;
+    match lseek(file, offset, Whence::SeekData) {
+        Ok(start) => Ok(u64::try_from(start).map_err(io::Error::other)? >= end),
+        Err(Errno::ENXIO) => Ok(true),
+        Err(e) => Err(e.into()),
+    }
+}
+
 /// Gives back the memory of a range, which then reads as zeros.
 ///
 /// # Errors
