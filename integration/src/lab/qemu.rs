@@ -83,12 +83,10 @@ impl Accelerator {
             Self::Kvm => "",
             // Guests under emulated nested paging die of triple faults: their
             // page tables are shadowed instead. Mitigations cost an emulated
-            // CPU much and protect nobody. At an exit from a guest QEMU may
-            // forget that the local APIC has just asked for attention
-            // (`interrupt_request` is changed by two threads at once), and a CPU
-            // that waits for the one-shot timer it has set then waits for ever.
-            // A periodic timer asks again at the next tick. The agent switches
-            // the other CPUs on.
+            // CPU much and protect nobody. A CPU was seen asleep with interrupts
+            // pending: should QEMU forget one at an exit from a guest, a CPU that
+            // waits for its one-shot timer waits for ever, and a periodic one asks
+            // again at the next tick. The agent switches the other CPUs on.
             Self::Emulation => {
                 " lab.kvm_amd=npt=0 mitigations=off tsc=reliable nohz=off highres=off maxcpus=1"
             }
