@@ -3,44 +3,45 @@
 use anyhow::Result;
 use integration::lab::scenario::moves::Storage;
 use integration::lab::scenario::{boots, cpus, cut, moves, power};
+use integration::lab::watch::attempts;
 
 #[test]
 fn a_stock_kernel_boots_to_a_shell_and_its_power_is_obeyed() -> Result<()> {
-    boots::boots_and_ends()
+    attempts(boots::boots_and_ends)
 }
 
 #[test]
 fn a_guest_with_shared_storage_does_not_notice_twenty_moves() -> Result<()> {
-    moves::there_and_back(Storage::Shared, 20)
+    attempts(|| moves::there_and_back(Storage::Shared, 20))
 }
 
 #[test]
 fn a_guest_whose_disk_is_copied_does_not_notice_its_moves() -> Result<()> {
-    moves::there_and_back(Storage::Copied, 20)
+    attempts(|| moves::there_and_back(Storage::Copied, 20))
 }
 
 #[test]
 fn a_network_that_is_cut_for_half_a_minute_does_not_disturb_the_guest() -> Result<()> {
-    cut::in_the_middle_of_precopy()
+    attempts(cut::in_the_middle_of_precopy)
 }
 
 #[test]
 fn a_source_that_goes_off_after_released_leaves_the_guest_at_the_destination() -> Result<()> {
-    power::source_off_after_released()
+    attempts(power::source_off_after_released)
 }
 
 #[test]
 fn a_source_that_goes_off_before_it_told_leaves_nobody_to_run_the_guest_until_it_is_on()
 -> Result<()> {
-    power::source_off_before_it_told()
+    attempts(power::source_off_before_it_told)
 }
 
 #[test]
 fn a_destination_that_goes_off_at_sealed_leaves_the_guest_at_the_source() -> Result<()> {
-    power::destination_off_at_sealed()
+    attempts(power::destination_off_at_sealed)
 }
 
 #[test]
 fn hosts_whose_cpus_differ_exchange_a_guest_of_the_baseline_only() -> Result<()> {
-    cpus::differ()
+    attempts(cpus::differ)
 }

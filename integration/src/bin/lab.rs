@@ -14,7 +14,7 @@ use integration::lab::process::Life;
 use integration::lab::qemu::Accelerator;
 use integration::lab::scenario::demo;
 use integration::lab::settings::{HostNumber, Settings};
-use integration::lab::{self, agent, diagnosis, script, switch};
+use integration::lab::{self, agent, diagnosis, script, switch, watch};
 
 use integration::tidy;
 
@@ -206,13 +206,17 @@ fn demo() -> Result<()> {
     let settings = Settings::default();
     let (hosts, memory, cpus) = (settings.hosts, settings.memory_mib, settings.cpus);
     let shape = Shape { hosts, memory, cpus, models: Vec::new(), no_migrd: false };
-    let hosts = bring_up(&shape, &layout)?;
-    let shown = demo::show(&hosts);
-    if shown.is_err() {
-        lab::report_failure(&layout);
-    }
-    lab::remove(&layout)?;
-    shown
+    watch::attempts(|| {
+        let mut watch = watch::Watch::start(&layout, &settings);
+        let hosts = bring_up(&shape, &layout)?;
+        let shown = demo::show(&hosts);
+        if shown.is_err() {
+            lab::report_failure(&layout);
+        }
+        lab::remove(&layout)?;
+        watch.end();
+        shown
+    })
 }
 
 fn run(shape: &Shape, script: &[String]) -> Result<ExitCode> {

@@ -93,6 +93,23 @@ impl Host {
         Ok(())
     }
 
+    /// Waits until its agent answers, for at most `limit`.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub(super) fn greet(&self, limit: Duration) -> Result<()> {
+        self.channel_within(limit).map(drop)
+    }
+
+    /// What its QEMU says to a command of its monitor.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub(super) fn monitor(&self, command: &str) -> Result<String> {
+        let said = self.order("human-monitor-command", &json!({"command-line": command}))?;
+        Ok(said.as_str().unwrap_or_default().to_owned())
+    }
+
     fn channel(&self) -> Result<Channel> {
         self.channel_within(LIMIT)
     }

@@ -11,7 +11,8 @@
 //! [`qemu`] the arguments, [`process`] starts and ends, [`host`] is one host's
 //! life, [`qmp`] and [`channel`] reach into it, where [`agent`] answers.
 //! [`daemon`] runs `migrd` there, [`guest`] and [`client`] what scenarios are made
-//! of; [`judge`] says how a guest fared. [`diagnosis`] is what a failure leaves behind.
+//! of; [`judge`] says how a guest fared. [`diagnosis`] is what a failure leaves
+//! behind, unless [`watch`] saw that the emulation is to blame.
 
 pub mod agent;
 pub mod channel;
@@ -34,6 +35,7 @@ pub mod script;
 pub mod settings;
 pub mod still_vm;
 pub mod switch;
+pub mod watch;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -55,6 +57,7 @@ pub struct Lab {
     layout: Layout,
     hosts: Vec<Host>,
     done: AtomicBool,
+    watch: watch::Watch,
     _directory: TempDir,
 }
 
@@ -85,7 +88,8 @@ impl Lab {
         // here on, dropping it ends what was started.
         let done = AtomicBool::new(false);
         layout.make()?;
-        let mut lab = Self { layout, hosts: Vec::new(), done, _directory: directory };
+        let watch = watch::Watch::start(&layout, settings);
+        let mut lab = Self { layout, hosts: Vec::new(), done, watch, _directory: directory };
         lab.hosts = bring_up(&lab.layout, settings, Life::WithItsOwner)?;
         Ok(lab)
     }
@@ -126,6 +130,7 @@ impl Drop for Lab {
         if let Err(error) = tear_down(&self.layout) {
             eprintln!("the lab in {} is not gone: {error:#}", self.layout.root().display());
         }
+        self.watch.end();
     }
 }
 

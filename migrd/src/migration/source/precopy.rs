@@ -129,6 +129,7 @@ impl Run {
             clean.subtract(&batch.uncleared);
             self.workload.clear(&clean).await?;
             interrupt.guard(super::send_pages(lanes, &set)).await?;
+            failpoint::reach(format_args!("source-precopy-chunk"));
             let queued = set.count() * PAGE_SIZE;
             let seconds = started.elapsed().as_secs_f64();
             self.record.context.progress.send_modify(|p| {

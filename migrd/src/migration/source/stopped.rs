@@ -9,10 +9,18 @@ use super::released::Released;
 use super::{ABANDON_WAIT, Aborted, Record, Run, send_pages, within};
 use crate::migration::failpoint;
 use crate::migration::journal::{Event, JournalError};
-use crate::migration::link::{Peer, SealOrder};
+use crate::migration::link::{LinkError, Peer, SealOrder};
 use crate::migration::phase::{MigrationError, Phase};
 use crate::units::MigrationId;
 use crate::workload::{StreamSpec, WorkloadError};
+
+/// How long the peer may be silent while the workload stands still. Dead
+/// connections are noticed later than that: they may be quiet for long while
+/// the workload runs.
+const SILENCE: Duration = Duration::from_secs(3);
+/// The pause between two questions whether the peer is still there. Most stops
+/// are over before the first.
+const LISTEN_PAUSE: Duration = Duration::from_millis(500);
 
 /// The workload stands still and everything of it was sent.
 pub(super) struct Stopped {
@@ -47,7 +55,8 @@ impl Stopped {
         let started = Instant::now();
         let peer = run.context().peer.clone();
         let wait = seal_wait(&run.workload.streams(), !order.hashes.is_empty());
-        let report = run.interrupt().guard(within(&peer, wait, peer.seal(&order))).await;
+        let sealed = while_heard(&peer, within(&peer, wait, peer.seal(&order)));
+        let report = run.interrupt().guard(sealed).await;
         let (mut run, report) = run.or_abort(report).await?;
         let asked = run.context().request.verify;
         if asked && !report.verified {
@@ -72,15 +81,16 @@ impl Run {
         if self.record.tally.rounds.is_empty() {
             self.record.tally.skipped = skipped(self.workload.as_ref(), &pending);
         }
+        let peer = self.context().peer.clone();
         let lanes = self.lanes.as_deref_mut().ok_or_else(no_lanes)?;
         let memory = async {
             send_pages(lanes, &pending).await?;
             let queued = started.elapsed();
             let totals = lanes.flush().await?;
             tracing::debug!(?found, ?queued, flushed = ?started.elapsed(), "last pages");
-            Ok::<_, MigrationError>((totals, started.elapsed()))
+            Ok((totals, started.elapsed()))
         };
-        let memory = interrupt.guard(memory);
+        let memory = interrupt.guard(while_heard(&peer, memory));
         let (memory, state) = tokio::join!(memory, self.workload.save());
         let (totals, memory_took) = memory?;
         let state = state?;
@@ -102,6 +112,26 @@ impl Run {
             state,
             hashes,
         })
+    }
+}
+
+/// `work`, cut short when the peer does not answer another question meanwhile.
+async fn while_heard<T>(
+    peer: &Arc<dyn Peer>,
+    work: impl Future<Output = Result<T, LinkError>>,
+) -> Result<T, LinkError> {
+    let silent = async {
+        loop {
+            tokio::time::sleep(LISTEN_PAUSE).await;
+            if let Err(error) = within(peer, SILENCE, peer.identify()).await {
+                return error;
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        done = work => done,
+        error = silent => Err(error),
     }
 }
 

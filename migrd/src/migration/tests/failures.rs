@@ -270,6 +270,31 @@ async fn a_peer_that_never_answers_is_given_up_and_the_workload_goes_on() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_peer_gone_deaf_does_not_hold_a_workload_that_stands_still() {
+    for call in [Call::Flush, Call::Seal] {
+        let world = World::new();
+        let identity = world.workload(10);
+        world.plan(call, 1, Fault::Deaf);
+        let began = tokio::time::Instant::now();
+        let going = world.migrate(&identity, "a", "b", request(Mode::Stop));
+        let guest = world.guest("a", identity.id);
+        let back = async {
+            while !(world.all_happened() && guest.runs()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            began.elapsed()
+        };
+        let (report, stood) = tokio::join!(going, back);
+        let failure = report.expect("a report").failure.expect("a reason");
+        assert!(failure.message.contains("no answer within 3s"), "{call:?}: {failure:?}");
+        // By the paused clock, which only waits move.
+        assert!(stood < Duration::from_secs(4), "{call:?}: it stood still for {stood:?}");
+        world.heal();
+        world.assert_exactly_one_runs("the peer went deaf").await;
+    }
+}
+
 #[tokio::test]
 async fn an_epoch_that_leaves_no_room_for_the_next_is_refused() {
     for epoch in [0, 1, u64::MAX - 1, u64::MAX] {

@@ -2,6 +2,7 @@
 //! this host can keep up what another host has given.
 
 use migr_proto::v1 as proto;
+use tokio::sync::OnceCell;
 
 use super::chain;
 use super::child::open_kvm;
@@ -28,18 +29,23 @@ impl From<OrderError> for CpuOrderError {
     }
 }
 
-/// What this host's CPUs can do.
+/// What this host's CPUs can do. KVM is asked once in the life of a daemon,
+/// since a VM is made for it and cleared away, which the kernel may take its
+/// time over.
 ///
 /// # Errors
-/// When KVM is missing or does not tell.
-pub async fn host() -> Result<HostCpu, WorkloadError> {
-    // A VM is made for it and cleared away, which the kernel may take its time
-    // over.
-    let asked = tokio::task::spawn_blocking(|| {
+/// When KVM is missing or does not tell; it is asked again the next time.
+pub async fn host() -> Result<&'static HostCpu, WorkloadError> {
+    static KNOWN: OnceCell<HostCpu> = OnceCell::const_new();
+    let ask = || {
         let kvm = open_kvm().map_err(|e| WorkloadError::new(chain(&e)))?;
         HostCpu::ask(kvm.into()).map_err(|e| WorkloadError::new(chain(&e)))
+    };
+    let asked = KNOWN.get_or_try_init(async || {
+        let asked = tokio::task::spawn_blocking(ask).await;
+        asked.unwrap_or_else(|e| Err(WorkloadError::caused("this host was not asked", e)))
     });
-    asked.await.unwrap_or_else(|e| Err(WorkloadError::caused("this host was not asked", e)))
+    asked.await
 }
 
 /// What a new VM's guest is given by this order, for as long as it lives.
@@ -47,7 +53,7 @@ pub async fn host() -> Result<HostCpu, WorkloadError> {
 /// # Errors
 /// When the order makes no sense, or this host lacks something of it.
 pub async fn model(order: Option<&proto::CpuOrder>) -> Result<proto::CpuModel, CpuOrderError> {
-    Ok(Model::ordered(order, &host().await?)?.to_wire())
+    Ok(Model::ordered(order, host().await?)?.to_wire())
 }
 
 /// What an operator would have to order to get what a VM was given; `None`: it
@@ -68,7 +74,7 @@ pub(super) async fn problems(config: &proto::VmConfig) -> Vec<Problem> {
         }
     };
     match host().await {
-        Ok(host) => misfits(&model, &host),
+        Ok(host) => misfits(&model, host),
         // That there is no KVM is a problem of its own, and found elsewhere.
         Err(_) if open_kvm().is_err() => Vec::new(),
         Err(error) => vec![Problem::new("kvm", error.to_string(), "see `migctl hosts`")],

@@ -19,6 +19,7 @@ use std::time::Duration;
 /// A call over the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Call {
+    Identify,
     Offer,
     Lanes,
     Send,
@@ -52,6 +53,8 @@ pub enum Fault {
     Cancel,
     /// The connection is well and no answer ever comes.
     Silence,
+    /// From this call on nothing is answered, and no connection breaks.
+    Deaf,
     /// It is said to have arrived and has not.
     Swallowed,
 }
@@ -89,6 +92,7 @@ impl Link {
             }
             Some(Fault::Cancel) => world.cancel.cancel(),
             Some(Fault::Silence) => return std::future::pending().await,
+            Some(Fault::Deaf) => *lock(&world.deaf) = true,
             Some(
                 Fault::ReplyLost
                 | Fault::TakerDiesAfter
@@ -100,6 +104,10 @@ impl Link {
         }
         if *lock(&world.cut) {
             return Err(self.lost("the network is cut"));
+        }
+        let deaf = *lock(&world.deaf);
+        if deaf {
+            return std::future::pending().await;
         }
         if self.to.arrivals().is_none() {
             return Err(self.lost("nobody listens"));
@@ -186,7 +194,8 @@ impl Peer for Link {
 
     async fn identify(&self) -> Result<PeerFacts, LinkError> {
         let (version, memory_free_bytes) = ("test".into(), 1 << 40);
-        Ok(PeerFacts { host: HostId::random(), version, memory_free_bytes })
+        let facts = PeerFacts { host: self.to.id, version, memory_free_bytes };
+        self.carry(Call::Identify, async { Ok(facts) }).await
     }
 
     async fn offer(&self, offer: &Offer) -> Result<Vec<Blocker>, LinkError> {

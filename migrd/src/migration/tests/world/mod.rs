@@ -36,6 +36,7 @@ pub struct World {
     plan: Mutex<Vec<(Call, u32, Fault)>>,
     seen: Mutex<HashMap<Call, u32>>,
     cut: Mutex<bool>,
+    deaf: Mutex<bool>,
     pub cancel: CancellationToken,
     pub calls: Mutex<Vec<Call>>,
 }
@@ -48,6 +49,7 @@ impl World {
             plan: Mutex::default(),
             seen: Mutex::default(),
             cut: Mutex::new(false),
+            deaf: Mutex::new(false),
             cancel: CancellationToken::new(),
             calls: Mutex::default(),
         });
@@ -89,6 +91,7 @@ impl World {
     pub fn heal(&self) {
         lock(&self.plan).clear();
         *lock(&self.cut) = false;
+        *lock(&self.deaf) = false;
     }
 
     /// Whether the next call of that kind is to be swallowed.
