@@ -93,6 +93,15 @@ impl Host {
         Ok(())
     }
 
+    /// The first line in which its kernel complained of itself since the lab was
+    /// made.
+    pub(super) fn complaint(&self) -> Option<String> {
+        let console = fs::read_to_string(self.layout.console(self.number)).unwrap_or_default();
+        let told = ["Kernel panic", "Oops:", "BUG:", "general protection fault", "rcu: INFO"];
+        let mut lines = console.lines();
+        lines.find(|line| told.iter().any(|words| line.contains(words))).map(str::to_owned)
+    }
+
     /// Waits until its agent answers, for at most `limit`.
     ///
     /// # Errors

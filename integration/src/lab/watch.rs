@@ -1,8 +1,8 @@
 //! Notices that a host has stopped for good though it is on.
 //!
 //! QEMU's emulation of a machine with virtualization loses a host now and then:
-//! its CPUs sleep with interrupts pending, or spin on a breakpoint that is long
-//! gone. No migr runs that could be to blame or to blame it on, so what such a
+//! its CPUs sleep with interrupts pending, spin on a breakpoint that is long gone,
+//! or take interrupts while these are off until the kernel panics. No migr runs that could be to blame or to blame it on, so what such a
 //! host was used for proves nothing either way and may be done again, with
 //! another host. Where hosts run on the machine's own virtualization nothing is
 //! watched and nothing is done again.
@@ -78,10 +78,13 @@ fn watch(host: &Host, over: &AtomicBool) {
             continue;
         }
         if matches!(host.condition(), Ok(Condition::On)) && !answers(host) && is_on(host, over) {
-            lose(host);
-            return;
+            return lose(host);
         }
         asked = Instant::now();
+    }
+    // It goes on with what it has, or has gone off by that.
+    if let Some(complaint) = host.complaint() {
+        lost(format!("the kernel of host {} said: {complaint}", host.number()));
     }
 }
 
@@ -104,10 +107,14 @@ fn lose(host: &Host) {
         // Writing to a string can't fail.
         let _ = write!(text, "\n  {}", line.trim());
     }
-    LOST.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+    lost(text);
     if let Err(error) = host.power_off() {
         eprintln!("host {} stays on: {error:#}", host.number());
     }
+}
+
+fn lost(what: String) {
+    LOST.lock().unwrap_or_else(PoisonError::into_inner).push(what);
 }
 
 /// Does `work`, and does it again if it failed and the emulation lost a host
