@@ -127,6 +127,10 @@ impl Child {
             Err(e) if matches!(e.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound) => {
                 return Ok(None);
             }
+            // Its listener was closed with this connection in line.
+            Err(e) if e.kind() == ErrorKind::ConnectionReset => {
+                return Err(ChildError::Dead("it is ending".into()));
+            }
             Err(e) => return Err(system("connect to the VM's process")(e)),
         };
         let peer = socket.peer_cred().map_err(system("see who owns the VM's socket"))?;
