@@ -121,31 +121,50 @@ test_programs() {
     done
 }
 
+# Names of the test programs that have process trees written and made by CRIU:
+# they say so.
+criu_programs() {
+    local file
+    grep -lw CRIU integration/tests/*.rs migrd/tests/*.rs migrd/tests/*/main.rs |
+        while read -r file; do
+            [ "${file##*/}" != main.rs ] || file=${file%/main.rs}
+            basename "$file" .rs
+        done
+}
+
 # Names of the test programs that run virtual machines on this machine's KVM.
 kvm_programs() {
     local file
     for file in integration/tests/*.rs $(grep -lw KVM migrd/tests/*.rs); do
         basename "$file" .rs
-    done | grep -vxF lab
+    done | grep -vxF lab | grep -vxF "$(criu_programs)"
 }
 
 # "KIND ok|failed" for each test in $1.
 kinds() {
-    awk -v properties="$(property_tests | tr '\n' ' ')" -v kvm="$(kvm_programs | tr '\n' ' ')" '
+    awk -v properties="$(property_tests | tr '\n' ' ')" -v kvm="$(kvm_programs | tr '\n' ' ')" \
+        -v criu="$(criu_programs | tr '\n' ' ')" '
         BEGIN {
             split(properties, names, " "); for (i in names) property[names[i]] = 1
             split(kvm, names, " "); for (i in names) real[names[i]] = 1
+            split(criu, names, " "); for (i in names) frozen[names[i]] = 1
         }
         {
             program = $2; sub(/.*::/, "", program)
             name = $3; sub(/.*::/, "", name)
             if (program == "lab") kind = "lab"
+            else if (program in frozen) kind = "real-CRIU"
             else if (program in real) kind = "real-KVM"
             else if (name in property) kind = "property"
             else if ($3 ~ /^migration::tests::/) kind = "state-machine"
             else kind = "unit"
             print kind, $1
         }' "$1"
+}
+
+# A CRIU that works here, for all daemons of the tests.
+find_criu() {
+    MIGR_CRIU=$(integration/install-criu.sh) && export MIGR_CRIU
 }
 
 # How many lines of $1 are exactly $2.
@@ -184,6 +203,7 @@ if command -v shellcheck >/dev/null; then
         guest-images/linux/root/init guest-images/linux/root/etc/shutdown
 fi
 check "build" build
+check "CRIU" find_criu
 if $with_lab; then check "guest of the lab" guest-images/linux/build.sh; fi
 
 passed=$checks_passed
@@ -197,9 +217,10 @@ kinds "$results/tests" >"$results/kinds"
 
 say ""
 place="this machine's KVM"
-kvm_in_lab && place="KVM in a host of the lab"
-say "Ran on: $(uname -sr), $place ($(nproc) CPUs)"
-kinds=(unit property state-machine real-KVM)
+if kvm_in_lab; then place="KVM in a host of the lab"; fi
+criu=$("${MIGR_CRIU:-criu}" --version 2>/dev/null | sed -n 's/^Version: /CRIU /p' || true)
+say "Ran on: $(uname -sr), $place, ${criu:-no CRIU} ($(nproc) CPUs)"
+kinds=(unit property state-machine real-KVM real-CRIU)
 if $with_lab; then kinds+=(lab); fi
 for kind in "${kinds[@]}"; do
     good=$(count "$results/kinds" "$kind ok")

@@ -4,12 +4,13 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "migr/v1/control.proto",
     "migr/v1/peer.proto",
     "migr/v1/lanes.proto",
     "migr/v1/state.proto",
     "migr/v1/child.proto",
+    "migr/v1/keeper.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -14,12 +14,13 @@ use serde_json::Value;
 
 use crate::binaries::Program;
 use crate::migctl::{Ran, Running};
-use crate::{leaks, wait};
+use crate::process::left;
+use crate::{leaks, two_nets, wait};
 
 /// The port of every daemon; their addresses differ.
 const PORT: u16 = 7070;
 
-/// A daemon. Dropping it ends it and the VMs it has started.
+/// A daemon. Dropping it ends it and the workloads it has started.
 #[derive(Debug)]
 pub struct Daemon {
     name: String,
@@ -29,6 +30,11 @@ pub struct Daemon {
     program: Program,
     halt_at: Option<String>,
     before: Option<String>,
+    criu: Option<PathBuf>,
+    /// The network it trusts.
+    trusted: Option<String>,
+    /// The process in whose network it runs.
+    network_of: Option<u32>,
     done: AtomicBool,
     process: Option<Child>,
 }
@@ -48,6 +54,9 @@ impl Daemon {
             program: Program::Migrd,
             halt_at: None,
             before: None,
+            criu: None,
+            trusted: None,
+            network_of: None,
             done: AtomicBool::new(false),
             process: None,
         })
@@ -64,6 +73,19 @@ impl Daemon {
     /// `$STATE` is the state directory.
     pub fn before(&mut self, script: &str) {
         self.before = Some(script.to_owned());
+    }
+
+    /// Makes it use that CRIU from its next start on.
+    pub fn criu(&mut self, path: &Path) {
+        self.criu = Some(path.to_owned());
+    }
+
+    /// Has it listen at `address`, which is in the network that it trusts: in the
+    /// network namespace of a process, or in the caller's.
+    pub fn listen_in(&mut self, trusted: &str, address: SocketAddr, network_of: Option<u32>) {
+        self.address = address;
+        self.trusted = Some(trusted.to_owned());
+        self.network_of = network_of;
     }
 
     /// Starts it and waits until it answers.
@@ -101,9 +123,10 @@ impl Daemon {
     fn spawn(&self) -> Result<Child> {
         ensure!(self.process.is_none(), "{} runs already", self.name);
         let program = self.program.path()?;
-        let mut command = match &self.before {
-            None => Command::new(&program),
-            Some(script) => {
+        let mut command = match (&self.before, self.network_of) {
+            (None, None) => Command::new(&program),
+            (None, Some(pid)) => two_nets::within(pid, &program),
+            (Some(script), _) => {
                 fs::create_dir_all(&self.state_dir)?;
                 let mut command = Command::new("unshare");
                 let script = format!("set -e; {script}; exec \"$@\"");
@@ -114,6 +137,12 @@ impl Daemon {
         };
         command.args(["serve", "--insecure", "--listen"]).arg(self.address.to_string());
         command.arg("--state-dir").arg(&self.state_dir);
+        if let Some(criu) = &self.criu {
+            command.arg("--criu").arg(criu);
+        }
+        if let Some(network) = &self.trusted {
+            command.args(["--trust-network", network]);
+        }
         command
             .env_remove("MIGR_HALT_AT")
             .env("NO_COLOR", "1")
@@ -304,6 +333,9 @@ impl Drop for Daemon {
         }
         if let Err(error) = leaks::kill_vms(&self.state_dir) {
             eprintln!("VMs of {} stay behind: {error:#}", self.name);
+        }
+        if let Err(error) = left::kill_trees(&self.state_dir) {
+            eprintln!("processes of {} stay behind: {error:#}", self.name);
         }
     }
 }

@@ -44,6 +44,14 @@ impl HostPair {
             "these scenarios run on real KVM and /dev/kvm is missing: load kvm_intel or kvm_amd"
         );
         eprintln!("runs on: real KVM");
+        Self::without_kvm()
+    }
+
+    /// The same, for workloads that need no KVM.
+    ///
+    /// # Errors
+    /// When there is no room for them.
+    pub fn without_kvm() -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("migr-").tempdir()?;
         let kernel = write_pulse(directory.path())?;
         let a = Daemon::new("a", directory.path())?;

@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use serde::Serialize;
 
 use crate::daemon::Daemon;
+use crate::process::left;
 use crate::wait;
 
 /// What a process uses.
@@ -151,6 +152,8 @@ fn what_is_left(daemon: &Daemon) -> Result<String> {
     let files = files_below(daemon.state_dir());
     let files = files.iter().filter(|path| of_vms.iter().any(|name| path.ends_with(name)));
     let files: Vec<_> = files.collect();
+    let host_id = host["host_id"].as_str().unwrap_or_default();
+    left.extend(left::what_is_left(daemon.state_dir(), host_id)?);
     if !files.is_empty() {
         left.push(format!("files {files:?}"));
     }

@@ -3,8 +3,9 @@
 //!
 //! [`binaries`] finds the programs under test, [`daemon`] and [`host_pair`] run
 //! them, [`migctl`] asks them, [`scenario`] runs pulse and judges its
-//! heartbeats, [`faulty_link`] spoils the way between two daemons, [`leaks`]
-//! counts what is left behind, [`measure`] and [`soak`] say what moves cost.
+//! heartbeats, [`process`] does so with process trees, [`faulty_link`] spoils the way
+//! between two daemons, [`leaks`] counts what is left behind, [`measure`] and [`soak`]
+//! say what moves cost, [`two_nets`] gives each daemon a network of its own.
 //! [`lab`] does the same on stock Linux hosts of their own.
 
 pub mod binaries;
@@ -15,7 +16,9 @@ pub mod lab;
 pub mod leaks;
 pub mod measure;
 pub mod migctl;
+pub mod process;
 pub mod scenario;
 pub mod soak;
 pub mod tidy;
+pub mod two_nets;
 pub mod wait;

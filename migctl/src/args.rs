@@ -1,9 +1,14 @@
 //! The command line: every verb, its options and its help.
 
+mod process;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use process::EXEC_PROCESS_AFTER_HELP;
+pub use process::{ExecProcessArgs, ProcessArgs, ProcessNet};
 
 use crate::units::{parse_address, parse_duration, parse_mac, parse_size};
 
@@ -27,6 +32,7 @@ The first Ctrl-C asks the daemon to cancel and waits for the result.
 Examples:
   migctl migrate web --to hostb:7070
   migctl migrate web --to hostb:7070 --max-downtime 20ms --verify
+  migctl migrate job --to hostb:7070 --file-locks --ghost-limit 16M
   migctl -o json migrate web --to hostb:7070 --dry-run";
 
 /// Runs, inspects and moves workloads through the migrd daemon of a host.
@@ -60,18 +66,21 @@ pub enum Verb {
         after_help = "Example:\n  migctl run web --kernel vmlinuz --initrd initrd.img --memory 1G --cpus 2 --cmdline 'console=ttyS0'\n  migctl run db --kernel vmlinuz --memory 2G --disk db.img --disk tools.iso,ro\n  migctl run web2 --kernel vmlinuz --memory 1G --net bridge=br0 --net tap=tap7,mac=02:00:00:00:00:07"
     )]
     Run(RunArgs),
+    /// Start a command as a workload: a process tree with a PID namespace of its own.
+    #[command(after_help = EXEC_PROCESS_AFTER_HELP)]
+    ExecProcess(ExecProcessArgs),
     /// List the workloads of the host.
     #[command(after_help = "Example:\n  migctl -o json list --all")]
     List(ListArgs),
     /// Show everything the daemon knows about a workload.
     #[command(after_help = "Example:\n  migctl inspect web")]
     Inspect(NameArgs),
-    /// Print the serial output of a VM.
+    /// Print the output of a workload: a VM's serial line, a process tree's stdout and stderr.
     #[command(
         after_help = "The log moves with the workload: at the new host it starts with what came before,\nand --follow goes on there by itself.\n\nExample:\n  migctl logs web --follow --timestamps"
     )]
     Logs(LogsArgs),
-    /// Attach to the serial console of a VM; follows the VM when it moves.
+    /// Attach to a VM's serial console or a process tree's stdin and output; follows when it moves.
     #[command(
         after_help = "With a terminal, Ctrl-] detaches (see --escape) and every other key goes to the guest.\nWithout one, all of stdin is sent and output is printed until it ends; --detach-after\nleaves that long after the end of stdin.\n\nExamples:\n  migctl console web\n  echo uptime | migctl console web --detach-after 2s"
     )]
@@ -89,7 +98,7 @@ pub enum Verb {
         after_help = "Ctrl-C ends the watching, not the migration.\n\nExample:\n  migctl watch web"
     )]
     Watch(NameArgs),
-    /// Stop the CPUs of a workload; its memory stays.
+    /// Have a workload stand still; its memory stays.
     #[command(after_help = "Example:\n  migctl pause web")]
     Pause(NameArgs),
     /// Let a paused workload go on.
@@ -97,16 +106,16 @@ pub enum Verb {
     Resume(NameArgs),
     /// Stop a workload for good; it stays listed until `rm`.
     #[command(
-        after_help = "Presses the guest's power button and waits until it has shut itself down.\nWith --force the guest is not asked: as if its power failed.\n\nExamples:\n  migctl stop web --timeout 2m\n  migctl stop web --force"
+        after_help = "Presses a VM's power button, sends a process tree's init SIGTERM, and waits until it has ended.\nWith --force it is not asked: as if its power failed.\n\nExamples:\n  migctl stop web --timeout 2m\n  migctl stop web --force"
     )]
     Stop(StopArgs),
     /// Forget a stopped workload and delete what the daemon kept of it.
     #[command(after_help = "Example:\n  migctl rm web")]
     Rm(NameArgs),
-    /// Write a snapshot of a VM to a directory on the daemon's host.
-    #[command(after_help = "Example:\n  migctl checkpoint web --to /var/lib/snapshots/web-1")]
+    /// Write a snapshot of a workload to a directory on the daemon's host.
+    #[command(after_help = CHECKPOINT_AFTER_HELP)]
     Checkpoint(CheckpointArgs),
-    /// Start a VM from a snapshot directory on the daemon's host.
+    /// Start a workload from a snapshot directory on the daemon's host.
     #[command(
         after_help = "Example:\n  migctl restore --from /var/lib/snapshots/web-1 --name web2"
     )]
@@ -139,6 +148,17 @@ Consequences:
 
 Example:
   migctl force web --run-here --yes";
+
+const CHECKPOINT_AFTER_HELP: &str = "\
+The workload stands still while it is written, and goes on.
+
+Exit status: 0 written (with --dry-run: nothing stands in the way), 1 failed, 2 wrong usage,
+3 with --dry-run: something stands in the way.
+
+Examples:
+  migctl checkpoint web --to /var/lib/snapshots/web-1
+  migctl checkpoint job --to /var/lib/snapshots/job-1 --file-locks
+  migctl -o json checkpoint job --to /var/lib/snapshots/job-1 --dry-run";
 
 #[derive(Debug, Args)]
 pub struct NameArgs {
@@ -313,9 +333,10 @@ pub struct MigrateArgs {
     /// The daemon to move it to, as the daemon at the source reaches it.
     #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
     pub to: String,
-    /// How memory gets to the destination.
-    #[arg(long, value_enum, default_value_t = Mode::Precopy)]
-    pub mode: Mode,
+    /// How memory gets to the destination; by default the best way that a workload of
+    /// its kind has: precopy for VMs, stop for process trees.
+    #[arg(long, value_enum)]
+    pub mode: Option<Mode>,
     /// Stop the workload when this downtime is predicted; by default the daemon chooses.
     #[arg(long, value_name = "DURATION", value_parser = parse_downtime)]
     pub max_downtime: Option<u32>,
@@ -328,6 +349,8 @@ pub struct MigrateArgs {
     /// Send the disks too: for hosts that share no storage.
     #[arg(long)]
     pub copy_disks: bool,
+    #[command(flatten)]
+    pub process: ProcessArgs,
     /// Only say what would happen and what stands in the way; touches nothing.
     #[arg(long)]
     pub dry_run: bool,
@@ -354,10 +377,10 @@ fn parse_timeout(text: &str) -> Result<u64, String> {
 pub struct StopArgs {
     /// Name of the workload.
     pub name: String,
-    /// Do not ask the guest: end it at once.
+    /// Do not ask the workload: end it at once.
     #[arg(short, long)]
     pub force: bool,
-    /// How long the guest may take; by default the daemon chooses (60s).
+    /// How long the workload may take; by default the daemon chooses (60s).
     #[arg(long, value_name = "DURATION", value_parser = parse_timeout, conflicts_with = "force")]
     pub timeout: Option<u64>,
 }
@@ -369,6 +392,11 @@ pub struct CheckpointArgs {
     /// Directory on the daemon's host; must not exist, or be empty.
     #[arg(long, value_name = "DIR")]
     pub to: PathBuf,
+    #[command(flatten)]
+    pub process: ProcessArgs,
+    /// Only say what stands in the way; touches nothing.
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 #[derive(Debug, Args)]
@@ -376,7 +404,7 @@ pub struct RestoreArgs {
     /// Snapshot directory on the daemon's host.
     #[arg(long, value_name = "DIR")]
     pub from: PathBuf,
-    /// Name of the restored VM; by default the one it had.
+    /// Name of the restored workload; by default the one it had.
     #[arg(long)]
     pub name: Option<String>,
 }

@@ -11,7 +11,7 @@
 //! is not a snapshot.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -23,8 +23,17 @@ use serde::{Deserialize, Serialize};
 use crate::migration::destination::{Host, identity};
 use crate::registry::{Registry, RegistryError, Status};
 use crate::units::WorkloadId;
-use crate::wire::file::{FileError, FileLane, FileSender};
-use crate::workload::{Kind, Manifest, StreamKey, StreamSpec, Workload, WorkloadError};
+use crate::wire::file::{FileError, FileLane};
+use crate::workload::{
+    Carry, Kind, Manifest, Problem, ProcessOptions, StreamKey, StreamSpec, Workload, WorkloadError,
+};
+
+mod chunks;
+mod plan;
+
+pub use plan::plan;
+
+use chunks::Chunks;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state.bin";
@@ -51,6 +60,14 @@ pub enum CheckpointError {
     /// The directory is in use.
     #[error("{0} is there and not empty; name a directory that is not there yet")]
     NotEmpty(String),
+    /// The workload can't be saved as it is.
+    #[error("it can't be saved as it is: {}; {}{}", .first.message, .first.remedy, and_more(*.more))]
+    Refused {
+        /// What keeps it from that.
+        first: Problem,
+        /// How many problems there are beside it.
+        more: usize,
+    },
     /// It is not a snapshot, or damaged.
     #[error("{path} is not a usable snapshot: {why}")]
     Damaged {
@@ -114,8 +131,21 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Checkp
     move |source| CheckpointError::Io { what, path, source }
 }
 
+fn and_more(more: usize) -> String {
+    if more == 0 {
+        return String::new();
+    }
+    format!(" ({more} more: see `migctl checkpoint --dry-run`)")
+}
+
+/// Without its disks: they are no part of a snapshot.
+fn carry(process: ProcessOptions) -> Carry {
+    Carry { disks: false, process }
+}
+
 /// Writes a snapshot of the workload `name` to `directory`, which is made. The
-/// workload stands still meanwhile and goes on.
+/// workload stands still meanwhile and goes on. `process` is what may be done to
+/// a process tree for that.
 ///
 /// # Errors
 /// When it is not here, or can't be written; nothing is then left.
@@ -123,8 +153,13 @@ pub async fn write(
     registry: &Registry,
     name: &str,
     directory: &Path,
+    process: ProcessOptions,
 ) -> Result<Written, CheckpointError> {
     let status = registry.find(name)?;
+    let mut found = registry.problems(name, carry(process)).await?.into_iter();
+    if let Some(first) = found.next() {
+        return Err(CheckpointError::Refused { first, more: found.len() });
+    }
     let made = make(directory)?;
     let place = directory.to_owned();
     let (report, reported) = tokio::sync::oneshot::channel();
@@ -136,7 +171,7 @@ pub async fn write(
             if failed { Err(WorkloadError::new("the snapshot was not written")) } else { Ok(()) }
         })
     });
-    let frozen = registry.checkpoint(name, work).await;
+    let frozen = registry.checkpoint(name, carry(process), work).await;
     let written = match (reported.await, frozen) {
         (Ok(Ok((bytes, pages))), Ok(paused)) => Ok(Written { bytes, pages, paused }),
         (Ok(Err(error)), _) => Err(error),
@@ -185,24 +220,17 @@ async fn write_frozen(
     workload: &mut dyn Workload,
     directory: &Path,
 ) -> Result<(u64, u64), CheckpointError> {
-    // A migration that failed may have had them with it.
-    workload.carry(false).await?;
-    let pages = workload.dirty().await?;
-    let state = workload.save().await?;
     let (streams, chunks) = (workload.streams(), workload.chunks());
+    let mut out = Chunks::create(directory.join(CHUNKS), chunks).await?;
+    let mut pages = 0;
+    while let Some(part) = workload.rest().await? {
+        pages += part.count();
+        out = out.write(part).await?;
+    }
+    let state = workload.save().await?;
     let (place, status) = (directory.to_owned(), status.clone());
-    let written = tokio::task::spawn_blocking(move || {
-        let path = place.join(CHUNKS);
-        let file = File::create_new(&path).map_err(io_error("write", &path))?;
-        let mut out = FileSender::new(BufWriter::new(file), chunks);
-        for (key, bitmap) in pages.iter() {
-            for run in bitmap.runs() {
-                out.send(key, run).map_err(io_error("write", &path))?;
-            }
-        }
-        let (batches, chunk_bytes, file) = out.finish().map_err(io_error("write", &path))?;
-        let file = file.into_inner().map_err(|e| io_error("write", &path)(e.into_error()))?;
-        file.sync_all().map_err(io_error("write", &path))?;
+    blocking(move || {
+        let (batches, chunk_bytes) = out.finish()?;
         write_whole(&place.join(STATE), &state)?;
         let identity = &status.identity;
         let on_disk = OnDisk {
@@ -221,11 +249,17 @@ async fn write_frozen(
         write_whole(&place.join(MANIFEST), &manifest)?;
         sync_names(&place)?;
         let bytes = chunk_bytes + (state.len() + manifest.len()) as u64;
-        Ok((bytes, pages.count()))
-    });
-    match written.await {
+        Ok((bytes, pages))
+    })
+    .await
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CheckpointError> + Send + 'static,
+) -> Result<T, CheckpointError> {
+    match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(error) => Err(WorkloadError::caused("writing the snapshot failed", error).into()),
+        Err(error) => Err(WorkloadError::caused("the work on the snapshot failed", error).into()),
     }
 }
 
@@ -382,6 +416,7 @@ fn manifest(on_disk: OnDisk, name: Option<String>) -> Manifest {
         cpus: on_disk.cpus,
         paused: false,
         created_unix_ms: crate::units::unix_ms(),
+        needs: Vec::new(),
     }
 }
 
@@ -402,3 +437,6 @@ fn load(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -25,6 +25,10 @@ pub struct ServeArgs {
     /// Connections that carry the pages of one migration (1 to 16).
     #[arg(long, value_name = "N", default_value_t = default_lanes(), value_parser = clap::value_parser!(u32).range(1..=16))]
     pub lanes: u32,
+    /// The CRIU that process trees are saved and restored with; without it, `criu`
+    /// in PATH. A host without any runs no process trees.
+    #[arg(long, value_name = "PATH", env = "MIGR_CRIU")]
+    pub criu: Option<PathBuf>,
 }
 
 /// As many as CPUs, within reason: on two more lanes only get in each other's way.
@@ -90,7 +94,7 @@ mod tests {
     fn args(listen: &str, insecure: bool) -> ServeArgs {
         let listen = listen.parse().expect("an address");
         let state_dir = "/nowhere".into();
-        ServeArgs { listen, state_dir, insecure, trust_network: None, lanes: 2 }
+        ServeArgs { listen, state_dir, insecure, trust_network: None, lanes: 2, criu: None }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod api;
 pub mod checkpoint;
 pub mod config;
+pub mod keeper;
 pub mod migration;
 pub mod network;
 pub mod pages;

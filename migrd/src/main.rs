@@ -22,12 +22,23 @@ enum Command {
     /// One virtual machine; the daemon starts it.
     #[command(hide = true)]
     VmmChild,
+    /// One process tree; the daemon starts it.
+    #[command(hide = true)]
+    ProcessKeeper(migrd::keeper::entry::KeeperArgs),
+    /// The first moments of a process tree; its keeper starts it.
+    #[command(hide = true)]
+    ProcessInit,
 }
 
 fn main() -> ExitCode {
     let result: anyhow::Result<()> = match Args::parse().command {
         Command::Serve(args) => serve(args),
         Command::VmmChild => migrd::vmm::entry::run().map_err(Into::into),
+        Command::ProcessKeeper(args) => migrd::keeper::entry::run(&args).map_err(Into::into),
+        Command::ProcessInit => {
+            return u8::try_from(migrd::keeper::init::run())
+                .map_or(ExitCode::FAILURE, ExitCode::from);
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,7 +4,8 @@
 //! its `.proto` file, and what may be believed of one that came from a peer is
 //! decided by its receiver.
 
-/// Version 1 of the protocol: `control`, `peer`, `lanes`, `state`, `child`.
+/// Version 1 of the protocol: `control`, `peer`, `lanes`, `state`, `child`,
+/// `keeper`.
 pub mod v1 {
     #![allow(missing_docs, clippy::all, clippy::pedantic)]
     tonic::include_proto!("migr.v1");

@@ -1,21 +1,53 @@
-//! `checkpoint`: writes a snapshot of a VM.
+//! `checkpoint`: writes a snapshot of a workload, or with `--dry-run` says what
+//! stands in the way of that.
 
-use migr_proto::v1::CheckpointRequest;
+use migr_proto::v1::{CheckpointReply, CheckpointRequest};
 
+use super::exec_process::options;
 use super::{Context, absolute};
 use crate::args::CheckpointArgs;
 use crate::failure::{Failure, exit};
-use crate::output::print;
+use crate::output::{human, json, print};
 use crate::units::{plain, show_bytes, show_ms};
 
 pub async fn run(ctx: &Context, args: CheckpointArgs) -> Result<u8, Failure> {
-    let directory = absolute(&args.to)?;
-    let name = args.name;
+    let request = CheckpointRequest {
+        directory: absolute(&args.to)?,
+        name: args.name,
+        dry_run: args.dry_run,
+        process: Some(options(args.process)),
+    };
+    let (name, directory) = (request.name.clone(), request.directory.clone());
     let doing = format!("cannot checkpoint {name}");
     let client = ctx.connect(&doing).await?;
-    let request = CheckpointRequest { name: name.clone(), directory: directory.clone() };
     let reply = client.rpc().checkpoint(request).await;
     let reply = reply.map_err(|status| client.explain(&doing, &status))?.into_inner();
+    if args.dry_run {
+        planned(ctx, name, directory, reply)
+    } else {
+        written(ctx, &name, &directory, &reply)
+    }
+}
+
+fn planned(
+    ctx: &Context,
+    workload: String,
+    directory: String,
+    reply: CheckpointReply,
+) -> Result<u8, Failure> {
+    let blockers: Vec<_> = reply.blockers.into_iter().map(Into::into).collect();
+    let possible = blockers.is_empty();
+    let plan = json::CheckpointPlan { workload, directory, possible, blockers };
+    print(ctx.format, &plan, || human::checkpoint_plan(&plan))?;
+    Ok(if possible { exit::DONE } else { exit::REFUSED })
+}
+
+fn written(
+    ctx: &Context,
+    name: &str,
+    directory: &str,
+    reply: &CheckpointReply,
+) -> Result<u8, Failure> {
     let object = serde_json::json!({
         "workload": name,
         "directory": directory,
@@ -26,8 +58,8 @@ pub async fn run(ctx: &Context, args: CheckpointArgs) -> Result<u8, Failure> {
     print(ctx.format, &object, || {
         format!(
             "{} is saved in {}: {} in {} pages, paused for {}",
-            plain(&name),
-            plain(&directory),
+            plain(name),
+            plain(directory),
             show_bytes(reply.bytes_written),
             reply.pages_written,
             show_ms(reply.paused_ms)

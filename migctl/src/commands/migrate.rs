@@ -4,6 +4,7 @@ use migr_proto::v1::{MigrateRequest, MigrationMode, WorkloadKind};
 use tonic::Code;
 
 use super::Context;
+use super::exec_process::options;
 use crate::args::{MigrateArgs, Mode};
 use crate::client::{Client, ClientError, Refusal};
 use crate::failure::{Failure, exit};
@@ -43,10 +44,11 @@ pub async fn run(ctx: &Context, args: MigrateArgs) -> Result<u8, Failure> {
 
 fn request(args: MigrateArgs) -> MigrateRequest {
     let mode = match args.mode {
-        Mode::Precopy => MigrationMode::Precopy,
-        Mode::Stop => MigrationMode::Stop,
-        Mode::Postcopy => MigrationMode::Postcopy,
-        Mode::Hybrid => MigrationMode::Hybrid,
+        None => MigrationMode::Unspecified,
+        Some(Mode::Precopy) => MigrationMode::Precopy,
+        Some(Mode::Stop) => MigrationMode::Stop,
+        Some(Mode::Postcopy) => MigrationMode::Postcopy,
+        Some(Mode::Hybrid) => MigrationMode::Hybrid,
     };
     MigrateRequest {
         name: args.name,
@@ -56,6 +58,7 @@ fn request(args: MigrateArgs) -> MigrateRequest {
         timeout_ms: args.timeout.unwrap_or(0),
         verify: args.verify,
         copy_disks: args.copy_disks,
+        process: Some(options(args.process)),
     }
 }
 

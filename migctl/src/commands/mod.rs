@@ -5,6 +5,7 @@ mod cancel;
 mod checkpoint;
 mod completions;
 mod console;
+mod exec_process;
 mod force;
 mod hosts;
 mod inspect;
@@ -65,6 +66,7 @@ pub async fn run(cli: Cli) -> Result<u8, Failure> {
     let ctx = Context { host: cli.host, format: cli.output };
     match cli.verb {
         Verb::Run(args) => run::run(&ctx, args).await,
+        Verb::ExecProcess(args) => exec_process::run(&ctx, args).await,
         Verb::List(args) => list::run(&ctx, &args).await,
         Verb::Inspect(args) => inspect::run(&ctx, args).await,
         Verb::Logs(args) => logs::run(&ctx, args).await,

@@ -2,7 +2,9 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use super::json::{Blocker, Host, Inspection, Migration, Outcome, Plan, Workload};
+use super::json::{
+    Blocker, CheckpointPlan, Host, Inspection, Migration, Outcome, Plan, Process, Workload,
+};
 use crate::units::{plain, show_bytes, show_ms};
 
 /// `list`.
@@ -45,7 +47,6 @@ fn note(workload: &Workload) -> String {
 /// `inspect`.
 pub fn inspection(inspection: &Inspection) -> String {
     let workload = &inspection.workload;
-    let optional = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
     let mut facts = vec![
         ("name", workload.name.clone()),
         ("id", workload.id.clone()),
@@ -53,18 +54,15 @@ pub fn inspection(inspection: &Inspection) -> String {
         ("state", workload.state.to_owned()),
         ("note", note(workload)),
         ("epoch", workload.epoch.to_string()),
-        ("cpus", workload.cpus.to_string()),
-        ("cpu model", cpu_model(inspection)),
-        ("memory", show_bytes(workload.memory_bytes)),
-        ("memory touched", show_bytes(inspection.memory_populated_bytes)),
-        ("vmm overhead", show_bytes(inspection.vmm_overhead_bytes)),
-        ("vmm pid", inspection.vmm_pid.map_or_else(|| "none".to_owned(), |pid| pid.to_string())),
-        ("kernel", inspection.kernel.clone()),
-        ("initrd", optional(&inspection.initrd)),
-        ("cmdline", inspection.cmdline.clone()),
+    ];
+    match &inspection.process {
+        Some(process) => facts.extend(self::process(inspection, process)),
+        None => facts.extend(vm(inspection)),
+    }
+    facts.extend([
         ("log", show_bytes(inspection.log_bytes)),
         ("log dropped", show_bytes(inspection.log_dropped_bytes)),
-    ];
+    ]);
     facts.extend(inspection.disks.iter().map(|disk| {
         let how = if disk.read_only { " (read-only)" } else { "" };
         ("disk", format!("{}{how}", disk.path))
@@ -79,6 +77,56 @@ pub fn inspection(inspection: &Inspection) -> String {
         text.push_str(&format!("\nlast migration:\n{}", migration(last)));
     }
     text
+}
+
+fn vm(inspection: &Inspection) -> Vec<(&'static str, String)> {
+    let workload = &inspection.workload;
+    vec![
+        ("cpus", workload.cpus.to_string()),
+        ("cpu model", cpu_model(inspection)),
+        ("memory", show_bytes(workload.memory_bytes)),
+        ("memory touched", show_bytes(inspection.memory_populated_bytes)),
+        ("vmm overhead", show_bytes(inspection.vmm_overhead_bytes)),
+        ("vmm pid", pid(inspection.vmm_pid)),
+        ("kernel", inspection.kernel.clone()),
+        ("initrd", inspection.initrd.clone().unwrap_or_else(|| "none".to_owned())),
+        ("cmdline", inspection.cmdline.clone()),
+    ]
+}
+
+fn process(inspection: &Inspection, process: &Process) -> Vec<(&'static str, String)> {
+    let words: Vec<_> = process.argv.iter().map(|word| quoted(word)).collect();
+    let net = process.net.as_ref().map_or_else(
+        || "the host's".to_owned(),
+        |net| {
+            let gateway = net.gateway.as_ref().map(|g| format!(", gateway {g}"));
+            let mac = net.mac.as_ref().map(|mac| format!(", {mac}"));
+            let more = [gateway, mac].into_iter().flatten().collect::<String>();
+            format!("{} in {}{more}", net.ip, net.bridge)
+        },
+    );
+    vec![
+        ("command", words.join(" ")),
+        ("directory", process.cwd.clone()),
+        ("network", net),
+        ("pid", pid(process.pid)),
+        ("processes", process.processes.to_string()),
+        ("memory", show_bytes(inspection.memory_populated_bytes)),
+        ("keeper overhead", show_bytes(inspection.vmm_overhead_bytes)),
+    ]
+}
+
+fn pid(pid: Option<u32>) -> String {
+    pid.map_or_else(|| "none".to_owned(), |pid| pid.to_string())
+}
+
+/// A word of a command as a shell would take it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
 }
 
 fn cpu_model(inspection: &Inspection) -> String {
@@ -202,6 +250,20 @@ pub fn plan(plan: &Plan) -> String {
     text
 }
 
+/// `checkpoint --dry-run`.
+pub fn checkpoint_plan(plan: &CheckpointPlan) -> String {
+    let verdict = if plan.possible { "can be saved" } else { "cannot be saved" };
+    let mut text = format!(
+        "{} {verdict} in {}; nothing was touched",
+        plain(&plan.workload),
+        plain(&plan.directory)
+    );
+    for blocker in &plan.blockers {
+        text.push_str(&self::blocker(blocker));
+    }
+    text
+}
+
 /// `hosts`.
 pub fn hosts(hosts: &[Host]) -> String {
     let mut table = table(&[
@@ -214,6 +276,7 @@ pub fn hosts(hosts: &[Host]) -> String {
         "RESERVED",
         "KVM",
         "CPU",
+        "CRIU",
         "WORKLOADS",
     ]);
     for host in hosts {
@@ -228,11 +291,18 @@ pub fn hosts(hosts: &[Host]) -> String {
             show_bytes(host.memory_reserved_bytes),
             if host.kvm { "yes".to_owned() } else { plain(&kvm) },
             host.cpu.as_ref().map_or_else(|| "-".to_owned(), |cpu| plain(&cpu.vendor)),
+            criu(host),
             host.workloads.to_string(),
         ]);
     }
-    align_right(&mut table, &[3, 4, 5, 6, 9]);
+    align_right(&mut table, &[3, 4, 5, 6, 10]);
     trimmed(&table)
+}
+
+/// The version that works there, or why none does; a peer tells neither.
+fn criu(host: &Host) -> String {
+    let told = host.criu_problem.as_ref().or(host.criu.as_ref());
+    told.map_or_else(|| "-".to_owned(), |text| plain(text))
 }
 
 fn table(header: &[&str]) -> Table {

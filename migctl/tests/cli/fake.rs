@@ -32,6 +32,10 @@ pub struct Script {
     pub migrate_error: Option<Status>,
     /// `Cancel` answers with this error.
     pub cancel_error: Option<Status>,
+    /// `ExecProcess` answers with this error.
+    pub exec_error: Option<Status>,
+    /// What stands in the way of `Checkpoint`, for a dry run.
+    pub checkpoint_blockers: Vec<Blocker>,
     /// A migration is there to be watched.
     pub watchable: bool,
     /// The report, or the log, stays open after what it has.
@@ -350,6 +354,20 @@ impl Control for Service {
         }))
     }
 
+    async fn exec_process(&self, request: Request<ExecProcessRequest>) -> Answer<Workload> {
+        let request = request.into_inner();
+        self.note(&request);
+        if let Some(error) = &self.script.exec_error {
+            return Err(error.clone());
+        }
+        Ok(Response::new(Workload {
+            kind: WorkloadKind::Process.into(),
+            memory_bytes: 0,
+            cpus: 0,
+            ..workload(&request.name, WorkloadState::Running)
+        }))
+    }
+
     async fn list(&self, request: Request<ListRequest>) -> Answer<ListReply> {
         let all = request.into_inner().include_gone;
         let mut workloads = self.script.workloads.clone();
@@ -445,7 +463,16 @@ impl Control for Service {
 
     async fn checkpoint(&self, request: Request<CheckpointRequest>) -> Answer<CheckpointReply> {
         self.note(request.get_ref());
-        Ok(Response::new(CheckpointReply { bytes_written: 4096, pages_written: 1, paused_ms: 1.5 }))
+        if request.into_inner().dry_run {
+            let blockers = self.script.checkpoint_blockers.clone();
+            return Ok(Response::new(CheckpointReply { blockers, ..Default::default() }));
+        }
+        Ok(Response::new(CheckpointReply {
+            bytes_written: 4096,
+            pages_written: 1,
+            paused_ms: 1.5,
+            blockers: Vec::new(),
+        }))
     }
 
     async fn restore(&self, request: Request<RestoreRequest>) -> Answer<Workload> {

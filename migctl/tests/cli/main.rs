@@ -4,4 +4,5 @@ mod console;
 mod fake;
 mod logs;
 mod migrate;
+mod processes;
 mod verbs;

@@ -225,7 +225,12 @@ fn wrong_usage_exits_with_2_and_says_what_is_right() {
         (&["run", "web", "--kernel", "k", "--memory", "1G", "--disk", ",ro"], "path of an image"),
         (&["run", "web", "--kernel", "k", "--memory", "1G", "--net", "tap0"], "tap=IF"),
         (&["run", "web", "--kernel", "k", "--memory", "1G", "--net", "tap=t,mac=2"], "six bytes"),
-        (&["exec-process", "p"], "unrecognized subcommand"),
+        (&["exec-process", "p"], "CMD"),
+        (&["exec-process", "p", "sleep", "9"], "unexpected argument"),
+        (&["exec-process", "p", "--env", "A", "--", "x"], "NAME=VALUE"),
+        (&["exec-process", "p", "--net", "ip=10.0.0.5,bridge=b", "--", "x"], "prefix length"),
+        (&["exec-process", "p", "--net", "bridge=b", "--", "x"], "needs ip=ADDR/LEN"),
+        (&["migrate", "web", "--to", "b:1", "--ghost-limit", "0"], "more than zero"),
         (&["list", "--host", "nowhere"], "ADDR:PORT"),
         (&["dance"], "unrecognized subcommand"),
     ] {
@@ -240,7 +245,9 @@ fn completions_know_the_verbs() {
     for shell in ["bash", "zsh", "fish"] {
         let run = migctl(&["completions", shell]);
         assert_eq!(run.status, 0);
-        assert!(run.stdout.contains("checkpoint") && run.stdout.contains("migctl"), "{shell}");
+        for word in ["migctl", "checkpoint", "exec-process", "ghost-limit"] {
+            assert!(run.stdout.contains(word), "{word} for {shell}");
+        }
     }
 }
 

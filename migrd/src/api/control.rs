@@ -1,42 +1,54 @@
 //! What an operator's client asks for.
 
+use std::sync::Arc;
+
 use migr_proto::v1 as proto;
 use migr_proto::v1::control_server::Control;
 use prost::Message;
-use tonic::{Code, Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming};
 
 use super::output::{Chunks, Events, events, tail};
-use super::status::{Refusal, invalid};
-use super::{convert, orders, status};
+use super::status::invalid;
+use super::{convert, orders, process_orders, status};
 use crate::checkpoint;
 use crate::migration::destination::Arrivals;
 use crate::migration::journal::Identity;
+use crate::migration::link::Blocker;
 use crate::registry::{Registry, State};
-use crate::units::{HostId, WorkloadId, unix_ms};
+use crate::units::{WorkloadId, unix_ms};
 use crate::wire::Peers;
-use crate::workload::vm::{VmEngine, cpu, streams};
-use crate::workload::{Kind, Manifest};
+use crate::workload::process::Starts;
+use crate::workload::vm::{VmEngine, streams};
+use crate::workload::{Kind, Manifest, Workload, WorkloadError};
 
 /// The control service of this host.
 pub struct ControlService {
-    registry: Registry,
+    pub(super) registry: Registry,
     arrivals: Arrivals,
     vms: VmEngine,
-    peers: Peers,
+    pub(super) processes: Option<Arc<dyn Starts>>,
+    pub(super) peers: Peers,
 }
 
 impl ControlService {
-    /// Serves what `registry` has.
+    /// Serves what `registry` has. `processes` is what starts process trees;
+    /// `None` on a host without CRIU.
     #[must_use]
-    pub fn new(registry: Registry, arrivals: Arrivals, vms: VmEngine, peers: Peers) -> Self {
-        Self { registry, arrivals, vms, peers }
+    pub fn new(
+        registry: Registry,
+        arrivals: Arrivals,
+        vms: VmEngine,
+        processes: Option<Arc<dyn Starts>>,
+        peers: Peers,
+    ) -> Self {
+        Self { registry, arrivals, vms, processes, peers }
     }
 
     fn refused(&self, error: &crate::registry::RegistryError) -> Status {
         status::registry(self.registry.here(), error)
     }
 
-    fn here(&self) -> &str {
+    pub(super) fn here(&self) -> &str {
         self.registry.here()
     }
 
@@ -48,31 +60,31 @@ impl ControlService {
         Ok(Response::new(convert::workload(&status)))
     }
 
-    async fn host_itself(&self) -> Result<proto::HostReply, Status> {
-        let (total, free, reserved) = self.registry.memory();
-        let problem = VmEngine::problem();
-        // Without KVM nothing is known of what guests could have.
-        let cpu = cpu::host().await.ok();
-        Ok(proto::HostReply {
-            host_id: self.registry.host_id().to_string(),
-            address: self.here().to_owned(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            protocol: crate::wire::PROTOCOL,
-            kernel: crate::sys::kernel_release(),
-            cpus: crate::sys::cpus(),
-            memory_total_bytes: total,
-            memory_free_bytes: free,
-            memory_reserved_bytes: reserved,
-            kvm: problem.is_none(),
-            kvm_problem: problem.unwrap_or_default(),
-            workloads: u32::try_from(self.registry.count()).unwrap_or(u32::MAX),
-            cpu: cpu.map(|cpu| proto::HostCpu {
-                vendor: cpu.vendor(),
-                features: cpu.names(),
-                tsc_khz: cpu.tsc_khz(),
-                tsc_scaling: cpu.scaling(),
-            }),
-        })
+    /// What starts process trees.
+    fn processes(&self) -> Result<Arc<dyn Starts>, Status> {
+        match (&self.processes, self.criu_problem()) {
+            (Some(processes), None) => Ok(processes.clone()),
+            (_, problem) => Err(status::no_criu(self.here(), problem.unwrap_or_default())),
+        }
+    }
+
+    /// Makes a new workload under the name and in the memory of `manifest`, and
+    /// takes it in.
+    async fn create(
+        &self,
+        manifest: Manifest,
+        made: impl Future<Output = Result<Box<dyn Workload>, WorkloadError>> + Send + 'static,
+    ) -> Result<Response<proto::Workload>, Status> {
+        let claim = self.registry.claim_new(&manifest).map_err(|e| self.refused(&e))?;
+        let registry = self.registry.clone();
+        let created = to_the_end(async move {
+            let workload = made.await.map_err(|e| status::workload(registry.here(), &e))?;
+            let identity: Identity = crate::migration::destination::identity(&manifest);
+            let created = registry.create(identity, workload).await;
+            drop(claim);
+            created.map_err(|e| status::registry(registry.here(), &e))
+        });
+        Ok(Response::new(convert::workload(&created.await?)))
     }
 }
 
@@ -117,18 +129,36 @@ impl Control for ControlService {
             cpus: new.cpus,
             paused: false,
             created_unix_ms: unix_ms(),
+            needs: Vec::new(),
         };
-        let claim = self.registry.claim_new(&manifest).map_err(|e| self.refused(&e))?;
-        let (registry, vms) = (self.registry.clone(), self.vms.clone());
-        let created = to_the_end(async move {
-            let vm = vms.create(id, &manifest.name, &new).await;
-            let vm = vm.map_err(|e| status::workload(registry.here(), &e))?;
-            let identity: Identity = crate::migration::destination::identity(&manifest);
-            let created = registry.create(identity, vm).await;
-            drop(claim);
-            created.map_err(|e| status::registry(registry.here(), &e))
-        });
-        Ok(Response::new(convert::workload(&created.await?)))
+        let vms = self.vms.clone();
+        let name = manifest.name.clone();
+        self.create(manifest, async move { vms.create(id, &name, &new).await }).await
+    }
+
+    async fn exec_process(
+        &self,
+        request: Request<proto::ExecProcessRequest>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        let request = request.into_inner();
+        let config = process_orders::process(self.here(), &request)?;
+        let processes = self.processes()?;
+        let id = WorkloadId::random();
+        let manifest = Manifest {
+            workload: id,
+            name: request.name.clone(),
+            kind: Kind::Process,
+            // They are only known when it moves, and so is its memory.
+            streams: Vec::new(),
+            config: config.encode_to_vec(),
+            memory_bytes: 0,
+            cpus: 0,
+            paused: false,
+            created_unix_ms: unix_ms(),
+            needs: Vec::new(),
+        };
+        let made = async move { processes.create(id, &request.name, &config).await };
+        self.create(manifest, made).await
     }
 
     async fn list(
@@ -150,22 +180,18 @@ impl Control for ControlService {
         // An arrival has no owner yet, so nothing more is known of it.
         let footprint = self.registry.footprint(&name).await.unwrap_or_default();
         let last = self.registry.last_report(&name).unwrap_or_default();
-        let config = proto::VmConfig::decode(status.identity.config.as_slice()).unwrap_or_default();
-        let cpu = cpu::order(&config);
-        Ok(Response::new(proto::InspectReply {
+        let common = proto::InspectReply {
             workload: Some(convert::workload(&status)),
-            kernel: config.kernel,
-            initrd: config.initrd,
-            cmdline: config.cmdline,
-            vmm_pid: footprint.pid,
             memory_populated_bytes: footprint.populated_bytes,
             vmm_overhead_bytes: footprint.overhead_bytes,
             log_bytes: footprint.log_bytes,
             log_dropped_bytes: footprint.log_dropped_bytes,
             last_migration: last.map(|report| convert::report(&report, status.identity.kind)),
-            disks: config.disks.into_iter().map(convert::disk).collect(),
-            nets: config.nets.into_iter().map(convert::net).collect(),
-            cpu,
+            ..proto::InspectReply::default()
+        };
+        Ok(Response::new(match status.identity.kind {
+            Kind::Vm => convert::vm(common, &status.identity.config, &footprint),
+            Kind::Process => convert::process(common, &status.identity.config, &footprint),
         }))
     }
 
@@ -209,7 +235,8 @@ impl Control for ControlService {
         request: Request<proto::MigrateRequest>,
     ) -> Result<Response<proto::MigrationPlan>, Status> {
         let request = request.into_inner();
-        let (peer, order) = orders::migration(self.here(), &self.peers, &request)?;
+        let kind = self.registry.find(&request.name).map_err(|e| self.refused(&e))?.identity.kind;
+        let (peer, order) = orders::migration(self.here(), &self.peers, &request, kind)?;
         let plan = self.registry.plan(&request.name, peer, order).await;
         let plan = plan.map_err(|e| self.refused(&e))?;
         let status = self.registry.find(&request.name).map_err(|e| self.refused(&e))?;
@@ -230,10 +257,11 @@ impl Control for ControlService {
         request: Request<proto::MigrateRequest>,
     ) -> Result<Response<Self::MigrateStream>, Status> {
         let request = request.into_inner();
-        let (peer, order) = orders::migration(self.here(), &self.peers, &request)?;
+        let kind = self.registry.find(&request.name).map_err(|e| self.refused(&e))?.identity.kind;
+        let (peer, order) = orders::migration(self.here(), &self.peers, &request, kind)?;
         let watching = self.registry.migrate(&request.name, peer, order).await;
         let watching = watching.map_err(|e| self.refused(&e))?;
-        Ok(Response::new(events(watching, request.name, Kind::Vm)))
+        Ok(Response::new(events(watching, request.name, kind)))
     }
 
     async fn watch(
@@ -242,7 +270,8 @@ impl Control for ControlService {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let name = request.into_inner().name;
         let watching = self.registry.watching(&name).map_err(|e| self.refused(&e))?;
-        Ok(Response::new(events(watching, name, Kind::Vm)))
+        let kind = self.registry.find(&name).map_err(|e| self.refused(&e))?.identity.kind;
+        Ok(Response::new(events(watching, name, kind)))
     }
 
     async fn cancel(
@@ -296,16 +325,26 @@ impl Control for ControlService {
     ) -> Result<Response<proto::CheckpointReply>, Status> {
         let request = request.into_inner();
         let directory = orders::absolute(self.here(), "directory", &request.directory)?;
+        let options = orders::process_options(request.process.as_ref());
+        if request.dry_run {
+            let found = checkpoint::plan(&self.registry, &request.name, &directory, options).await;
+            let found = found.map_err(|e| status::checkpoint(self.here(), &e))?;
+            let found = found.into_iter().map(|problem| Blocker::found_on(self.here(), problem));
+            return Ok(Response::new(proto::CheckpointReply {
+                blockers: found.map(|b| convert::blocker(&b, self.here())).collect(),
+                ..proto::CheckpointReply::default()
+            }));
+        }
         let registry = self.registry.clone();
-        let written =
-            to_the_end(
-                async move { checkpoint::write(&registry, &request.name, &directory).await },
-            );
+        let written = to_the_end(async move {
+            checkpoint::write(&registry, &request.name, &directory, options).await
+        });
         let written = written.await.map_err(|e| status::checkpoint(self.here(), &e))?;
         Ok(Response::new(proto::CheckpointReply {
             bytes_written: written.bytes,
             pages_written: written.pages,
             paused_ms: convert::ms(written.paused),
+            blockers: Vec::new(),
         }))
     }
 
@@ -351,34 +390,8 @@ impl Control for ControlService {
     ) -> Result<Response<proto::HostReply>, Status> {
         let peer = request.into_inner().peer;
         if peer.is_empty() {
-            return self.host_itself().await.map(Response::new);
+            return Ok(Response::new(self.host_itself().await));
         }
-        let asked = self.peers.identify_whole(&peer, self.registry.host_id()).await;
-        let found = asked.map_err(|e| {
-            Refusal {
-                code: Code::FailedPrecondition,
-                reason: "PEER",
-                message: e.to_string(),
-                host: &peer,
-                remedy: "check the address, and that migrd runs there",
-            }
-            .status()
-        })?;
-        let _: HostId = found.host_id.parse().map_err(|_| invalid(&peer, "it has no host id"))?;
-        Ok(Response::new(proto::HostReply {
-            host_id: found.host_id,
-            address: peer,
-            version: found.version,
-            protocol: found.protocol,
-            kernel: found.kernel,
-            cpus: found.cpus,
-            memory_total_bytes: found.memory_total_bytes,
-            memory_free_bytes: found.memory_free_bytes,
-            memory_reserved_bytes: found.memory_reserved_bytes,
-            kvm: found.kvm,
-            kvm_problem: found.kvm_problem,
-            workloads: found.workloads,
-            cpu: None,
-        }))
+        self.host_of_peer(peer).await.map(Response::new)
     }
 }

@@ -3,16 +3,19 @@
 use std::time::Duration;
 
 use migr_proto::v1 as proto;
+use prost::Message;
 
 use crate::migration::link::Blocker;
 use crate::migration::phase::{Breakdown, Mode, Outcome, Phase, Progress, Report};
 use crate::migration::plan::Plan;
 use crate::registry::{State, Status};
-use crate::workload::Kind;
+use crate::workload::vm::cpu;
+use crate::workload::{Footprint, Kind};
 
 pub(super) fn kind(kind: Kind) -> proto::WorkloadKind {
     match kind {
         Kind::Vm => proto::WorkloadKind::Vm,
+        Kind::Process => proto::WorkloadKind::Process,
     }
 }
 
@@ -49,15 +52,48 @@ pub(super) fn ms(duration: Duration) -> f64 {
 }
 
 /// A disk as a user ordered it.
-pub(super) fn disk(disk: proto::DiskConfig) -> proto::DiskOrder {
+fn disk(disk: proto::DiskConfig) -> proto::DiskOrder {
     let proto::DiskConfig { path, read_only, bytes: _ } = disk;
     proto::DiskOrder { path, read_only }
 }
 
 /// A network interface as a user could have ordered it.
-pub(super) fn net(net: proto::NetConfig) -> proto::NetOrder {
+fn net(net: proto::NetConfig) -> proto::NetOrder {
     let proto::NetConfig { tap, bridge, mac } = net;
     proto::NetOrder { tap, bridge, mac }
+}
+
+/// The part of `common` that only a VM has.
+pub(super) fn vm(
+    common: proto::InspectReply,
+    config: &[u8],
+    footprint: &Footprint,
+) -> proto::InspectReply {
+    let config = proto::VmConfig::decode(config).unwrap_or_default();
+    let cpu = cpu::order(&config);
+    proto::InspectReply {
+        kernel: config.kernel,
+        initrd: config.initrd,
+        cmdline: config.cmdline,
+        vmm_pid: footprint.pid,
+        disks: config.disks.into_iter().map(disk).collect(),
+        nets: config.nets.into_iter().map(net).collect(),
+        cpu,
+        ..common
+    }
+}
+
+/// The part of `common` that only a process tree has.
+pub(super) fn process(
+    common: proto::InspectReply,
+    config: &[u8],
+    footprint: &Footprint,
+) -> proto::InspectReply {
+    let proto::ProcessConfig { version: _, argv, env: _, cwd, net } =
+        proto::ProcessConfig::decode(config).unwrap_or_default();
+    let Footprint { pid, processes, .. } = *footprint;
+    let process = proto::ProcessInfo { argv, cwd, net, pid, processes };
+    proto::InspectReply { process: Some(process), ..common }
 }
 
 /// A rate in whole bytes a second.

@@ -5,10 +5,15 @@
 
 mod control;
 mod convert;
+mod host;
 mod orders;
 mod output;
 mod peer;
+mod process_orders;
 mod status;
 
 pub use control::ControlService;
 pub use peer::PeerService;
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,7 @@ use crate::migration::source;
 use crate::wire::Peers;
 use crate::workload::vm::cpu::{self, CpuOrderError};
 use crate::workload::vm::{NewVm, nets};
+use crate::workload::{Kind, ProcessOptions};
 
 /// The longest stop that is planned for unless the user says otherwise.
 const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
@@ -22,11 +23,13 @@ const DEFAULT_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest command line of a guest that is taken, in bytes.
 const MAX_CMDLINE: usize = 64 << 10;
 
-/// Where to and how, as the user said; checked for form only.
+/// Where to and how, as the user said; checked for form only. A user who names no
+/// mode gets the best that workloads of that kind have.
 pub(super) fn migration(
     here: &str,
     peers: &Peers,
     request: &proto::MigrateRequest,
+    kind: Kind,
 ) -> Result<(Arc<dyn Peer>, source::Request), Status> {
     let peer = peers.get(&request.to).map_err(|e| {
         Refusal {
@@ -38,10 +41,23 @@ pub(super) fn migration(
         }
         .status()
     })?;
-    let mode = match request.mode() {
-        proto::MigrationMode::Unspecified | proto::MigrationMode::Precopy => Mode::Precopy,
-        proto::MigrationMode::Stop => Mode::Stop,
-        proto::MigrationMode::Postcopy | proto::MigrationMode::Hybrid => {
+    let mode = match (request.mode(), kind) {
+        (proto::MigrationMode::Unspecified, Kind::Vm) => Mode::Precopy,
+        (proto::MigrationMode::Unspecified, Kind::Process) => Mode::Stop,
+        (proto::MigrationMode::Precopy, Kind::Vm) => Mode::Precopy,
+        (proto::MigrationMode::Precopy, Kind::Process) => {
+            return Err(Refusal {
+                code: Code::Unimplemented,
+                reason: "MODE_UNSUPPORTED",
+                message: "this version does not track what a process tree writes to its memory"
+                    .into(),
+                host: here,
+                remedy: "use --mode stop, or leave --mode out",
+            }
+            .status());
+        }
+        (proto::MigrationMode::Stop, _) => Mode::Stop,
+        (proto::MigrationMode::Postcopy | proto::MigrationMode::Hybrid, _) => {
             return Err(Refusal {
                 code: Code::Unimplemented,
                 reason: "MODE_UNSUPPORTED",
@@ -58,7 +74,15 @@ pub(super) fn migration(
     };
     let timeout = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms));
     let (verify, copy_disks) = (request.verify, request.copy_disks);
-    Ok((peer, source::Request { mode, max_downtime, timeout, verify, copy_disks }))
+    let process = process_options(request.process.as_ref());
+    Ok((peer, source::Request { mode, max_downtime, timeout, verify, copy_disks, process }))
+}
+
+/// What may be done to a process tree.
+pub(super) fn process_options(options: Option<&proto::ProcessOptions>) -> ProcessOptions {
+    let proto::ProcessOptions { file_locks, link_remap, ghost_limit_bytes, drop_connections } =
+        options.copied().unwrap_or_default();
+    ProcessOptions { file_locks, link_remap, ghost_limit_bytes, drop_connections }
 }
 
 /// How long to wait for a guest that was asked to end; 0: the default.

@@ -71,6 +71,12 @@ pub(super) fn workload(host: &str, error: &WorkloadError) -> Status {
     Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()
 }
 
+/// No process tree can be had on `host`: why, and what to do.
+pub(super) fn no_criu(host: &str, message: String) -> Status {
+    let (code, reason) = (Code::FailedPrecondition, "NO_CRIU");
+    Refusal { code, reason, message, host, remedy: "" }.status()
+}
+
 pub(super) fn checkpoint(host: &str, error: &CheckpointError) -> Status {
     let (code, reason) = (Code::FailedPrecondition, "CHECKPOINT");
     Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()

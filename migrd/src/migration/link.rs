@@ -8,7 +8,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use crate::units::{Epoch, HostId, MigrationId, PageRun, WorkloadId};
-use crate::workload::{ChunkSource, Manifest, OutOfStream, StreamHash, StreamKey, StreamSpec};
+use crate::workload::{
+    ChunkSource, Manifest, OutOfStream, Problem, StreamHash, StreamKey, StreamSpec,
+};
 
 /// A call to the peer failed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -111,6 +113,15 @@ pub struct Blocker {
     pub remedy: String,
     /// The host it was found on; empty for the one that asks.
     pub host: String,
+}
+
+impl Blocker {
+    /// What was found on `host`.
+    #[must_use]
+    pub fn found_on(host: &str, problem: Problem) -> Self {
+        let Problem { code, message, remedy } = problem;
+        Self { code: code.to_owned(), message, remedy, host: host.to_owned() }
+    }
 }
 
 /// The end of the stream of pages.

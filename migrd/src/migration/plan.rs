@@ -18,6 +18,8 @@ pub struct Question {
     pub peer: Arc<dyn Peer>,
     /// This host.
     pub here: HostId,
+    /// What keeps the workload from leaving this host.
+    pub problems: Vec<Blocker>,
     /// What would be offered.
     pub manifest: Manifest,
     /// The epoch it would be owned in there.
@@ -57,7 +59,7 @@ fn blocker(code: &str, message: String, remedy: impl Into<String>, host: &str) -
 /// Asks the peer, without leaving anything there.
 pub async fn plan(question: &Question) -> Plan {
     let mut plan = Plan {
-        blockers: Vec::new(),
+        blockers: question.problems.clone(),
         peer: None,
         rate: question.known_rate,
         total: None,

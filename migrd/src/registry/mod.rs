@@ -64,8 +64,8 @@ pub struct Setup {
     pub host: HostId,
     /// Its journal.
     pub journal: Journal,
-    /// What makes virtual machines.
-    pub vms: Arc<dyn Engine>,
+    /// What makes workloads, for each kind that this host can run.
+    pub engines: Vec<(Kind, Arc<dyn Engine>)>,
     /// Finds peers.
     pub peers: Peers,
     /// How many lanes a migration uses.
@@ -87,6 +87,7 @@ impl Shared {
 fn kind_name(kind: Kind) -> &'static str {
     match kind {
         Kind::Vm => "vm",
+        Kind::Process => "process",
     }
 }
 
@@ -94,8 +95,9 @@ impl Registry {
     /// Knows nothing yet.
     #[must_use]
     pub fn new(setup: Setup) -> Self {
-        let Setup { here, host, journal, vms, peers, lanes, shutdown } = setup;
-        let engines = BTreeMap::from([(kind_name(Kind::Vm), vms)]);
+        let Setup { here, host, journal, engines, peers, lanes, shutdown } = setup;
+        let named = engines.into_iter().map(|(kind, engine)| (kind_name(kind), engine));
+        let engines = named.collect();
         Self {
             shared: Arc::new(Shared {
                 here,
@@ -118,7 +120,13 @@ impl Registry {
     pub fn take_in(&self, record: WorkloadRecord, workload: Option<Box<dyn Workload>>) {
         let holding = match workload {
             Some(workload) => Holding::Here(workload),
-            None => Holding::Lost("its VMM is gone: the host restarted, or it was killed".into()),
+            None => {
+                let runner = match record.identity.kind {
+                    Kind::Vm => "VMM",
+                    Kind::Process => "keeper",
+                };
+                Holding::Lost(format!("its {runner} is gone: the host restarted, or it was killed"))
+            }
         };
         self.start_owner(record, holding);
     }

@@ -42,7 +42,7 @@ async fn host() -> Host {
         here: "a:1".into(),
         host: journal.host_id().unwrap(),
         journal,
-        vms: Arc::new(Nothing),
+        engines: vec![(Kind::Vm, Arc::new(Nothing) as Arc<dyn Engine>)],
         peers: Arc::new(|address| panic!("nobody is asked for {address}")),
         lanes: 1,
         shutdown: CancellationToken::new(),

@@ -12,7 +12,7 @@ use crate::migration::phase::Report;
 use crate::migration::plan::{Plan, Question};
 use crate::migration::source::Request;
 use crate::units::MigrationId;
-use crate::workload::{Footprint, Terminal};
+use crate::workload::{Carry, Footprint, Problem, Terminal};
 
 impl Registry {
     /// Its output, input and figures, while it is here.
@@ -120,16 +120,26 @@ impl Registry {
         Ok(())
     }
 
-    /// Lends it, frozen, to `work`, and sets it running again.
+    /// Lends it, frozen, to `work`, and sets it running again. `what` of it is
+    /// chosen before.
     ///
     /// # Errors
     /// When it is not here, or `work` fails.
     pub async fn checkpoint(
         &self,
         name: &str,
+        what: Carry,
         work: FrozenWork,
     ) -> Result<Duration, RegistryError> {
-        self.ask(name, |reply| Command::Frozen(work, reply)).await
+        self.ask(name, |reply| Command::Frozen(what, work, reply)).await
+    }
+
+    /// What keeps `what` of it from being saved as it is now.
+    ///
+    /// # Errors
+    /// When it is not here, or can't be looked at.
+    pub async fn problems(&self, name: &str, what: Carry) -> Result<Vec<Problem>, RegistryError> {
+        self.ask(name, |reply| Command::Problems(what, reply)).await
     }
 
     /// Starts moving it.

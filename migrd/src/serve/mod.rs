@@ -22,12 +22,16 @@ use tonic::transport::Server;
 
 use crate::api::{ControlService, PeerService};
 use crate::config::{ConfigError, ServeArgs};
+use crate::keeper::criu::Criu;
 use crate::migration::destination::{Arrivals, Patience};
 use crate::migration::journal::{Journal, JournalError};
 use crate::registry::{Registry, Setup};
+use crate::vmm::control::words;
 use crate::wire::receive::{LaneDirectory, LaneService};
 use crate::wire::{Peers, incoming, server_settings};
+use crate::workload::process::ProcessEngine;
 use crate::workload::vm::{Site, VmEngine};
+use crate::workload::{Engine, Kind, Recovers};
 
 /// The largest message of a peer that is not a batch: the state of a VM.
 const MAX_PEER_MESSAGE: usize = 32 << 20;
@@ -118,7 +122,9 @@ pub async fn serve(
     let journal = Journal::open(&state.path.join("journal.redb"))?;
     let host = journal.host_id()?;
     let site = Site { host, address: here.clone() };
-    let vms = VmEngine::new(state.path.join("vms"), site).map_err(failed)?;
+    let vms = VmEngine::new(state.path.join("vms"), site.clone()).map_err(failed)?;
+    let criu = find_criu(args.criu.clone()).await;
+    let processes = ProcessEngine::new(state.path.join("processes"), site, criu).map_err(failed)?;
     let peers = Peers::new(&here, host);
     let down = CancellationToken::new();
     let found = peers.clone();
@@ -126,7 +132,10 @@ pub async fn serve(
         here: here.clone(),
         host,
         journal: journal.clone(),
-        vms: Arc::new(vms.clone()),
+        engines: vec![
+            (Kind::Vm, Arc::new(vms.clone()) as Arc<dyn Engine>),
+            (Kind::Process, Arc::new(processes.clone())),
+        ],
         peers: Arc::new(move |address| found.find(address)),
         lanes: args.lanes,
         shutdown: down.clone(),
@@ -138,10 +147,17 @@ pub async fn serve(
         Arc::new(gate.clone()),
         Patience::default(),
     );
-    recover::recover(&registry, &arrivals, &journal, &vms, &peers).await?;
+    let engines: [(Kind, Arc<dyn Recovers>); 2] =
+        [(Kind::Vm, Arc::new(vms.clone())), (Kind::Process, Arc::new(processes.clone()))];
+    recover::recover(&registry, &arrivals, &journal, &engines, &peers).await?;
 
-    let control =
-        ControlService::new(registry.clone(), arrivals.clone(), vms.clone(), peers.clone());
+    let control = ControlService::new(
+        registry.clone(),
+        arrivals.clone(),
+        vms.clone(),
+        Some(Arc::new(processes)),
+        peers.clone(),
+    );
     let peer = PeerServer::new(PeerService::new(registry.clone(), arrivals.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ControlServer<ControlService>>().await;
@@ -176,6 +192,19 @@ pub async fn serve(
         Ok(Ok(served)) => Ok(served?),
         Ok(Err(_)) | Err(_) => Ok(()),
     }
+}
+
+/// The CRIU that works here, or why none does. Trying it takes a moment.
+async fn find_criu(named: Option<PathBuf>) -> Result<Criu, String> {
+    let found = tokio::task::spawn_blocking(move || Criu::find(named.as_deref())).await;
+    let found = found.map_err(|e| e.to_string())?.map_err(|e| words(&e));
+    match &found {
+        Ok(criu) => {
+            tracing::info!(criu = %criu.path.display(), version = %criu.version, "process trees can be had")
+        }
+        Err(why) => tracing::info!(why, "process trees can't be had"),
+    }
+    found
 }
 
 /// Whether that connection may be served. What went wrong with it is the

@@ -5,21 +5,23 @@
 //! spoken, and whatever no record speaks of is cleared away.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::migration::destination::{Arrivals, Remembered};
-use crate::migration::journal::{Event, Journal, JournalError, Ownership, WorkloadRecord};
+use crate::migration::journal::{
+    Event, Identity, Journal, JournalError, Ownership, WorkloadRecord,
+};
 use crate::migration::recovery::{Duty, duty};
 use crate::migration::source::released::Released;
 use crate::registry::Registry;
 use crate::wire::Peers;
-use crate::workload::Engine;
-use crate::workload::vm::VmEngine;
+use crate::workload::{Kind, Recovers, Workload};
 
 struct Recovery<'a> {
     registry: &'a Registry,
     arrivals: &'a Arrivals,
     journal: &'a Journal,
-    vms: &'a VmEngine,
+    engines: &'a [(Kind, Arc<dyn Recovers>)],
     peers: &'a Peers,
 }
 
@@ -27,14 +29,16 @@ pub(super) async fn recover(
     registry: &Registry,
     arrivals: &Arrivals,
     journal: &Journal,
-    vms: &VmEngine,
+    engines: &[(Kind, Arc<dyn Recovers>)],
     peers: &Peers,
 ) -> Result<(), JournalError> {
-    let recovery = Recovery { registry, arrivals, journal, vms, peers };
+    let recovery = Recovery { registry, arrivals, journal, engines, peers };
     let records = journal.all()?;
     let here = |record: &&WorkloadRecord| duty(record) != Duty::Nothing;
     let known: BTreeSet<_> = records.iter().filter(here).map(|r| r.identity.id).collect();
-    vms.sweep(&known).await;
+    for (_, engine) in engines {
+        engine.sweep(&known).await;
+    }
     for record in records {
         let name = record.identity.name.clone();
         let standing = record.standing();
@@ -53,9 +57,19 @@ pub(super) async fn recover(
 }
 
 impl Recovery<'_> {
+    /// What finds workloads of that kind again, if this daemon can.
+    fn engine(&self, kind: Kind) -> Option<&dyn Recovers> {
+        self.engines.iter().find(|(of, _)| *of == kind).map(|(_, engine)| engine.as_ref())
+    }
+
     async fn run(&self, record: WorkloadRecord, paused: bool) {
         let identity = &record.identity;
-        match self.vms.find(identity.id, &identity.name, &identity.config, paused).await {
+        let Some(engine) = self.engine(identity.kind) else {
+            tracing::error!(workload = identity.name, "this daemon has nothing that runs its kind");
+            self.registry.take_in(record, None);
+            return;
+        };
+        match engine.find(identity.id, &identity.name, &identity.config, paused).await {
             Ok(workload) => self.registry.take_in(record, Some(workload)),
             Err(error) => {
                 tracing::error!(workload = identity.name, %error, "it could not be taken back");
@@ -67,20 +81,10 @@ impl Recovery<'_> {
     async fn settle(&self, record: WorkloadRecord) {
         let Duty::Settle(to) = duty(&record) else { return };
         let identity = record.identity.clone();
-        let workload = match self
-            .vms
-            .find_released(identity.id, &identity.name, record.paused)
-            .await
-        {
-            Ok(workload) => workload,
-            Err(error) => {
-                tracing::error!(workload = identity.name, %error, "its stopped copy is not usable");
-                None
-            }
+        let workload = match self.engine(identity.kind) {
+            Some(engine) => released_copy(engine, &identity, record.paused).await,
+            None => None,
         };
-        if workload.is_none() {
-            self.vms.clear(identity.id).await;
-        }
         let released = Released::remembered(
             record.clone(),
             &to,
@@ -93,7 +97,15 @@ impl Recovery<'_> {
 
     async fn wait(&self, record: WorkloadRecord) -> Result<(), JournalError> {
         let Duty::Await(sealed) = duty(&record) else { return Ok(()) };
-        let found = self.vms.find_sealed(record.identity.id, &record.identity.name).await;
+        let Some(engine) = self.engine(record.identity.kind) else {
+            // As below: another daemon may find it whole.
+            tracing::error!(
+                workload = record.identity.name,
+                "a sealed copy is here and this daemon has nothing that runs its kind"
+            );
+            return Ok(());
+        };
+        let found = engine.find_sealed(record.identity.id, &record.identity.name).await;
         let found = match found {
             Ok(found) => found,
             Err(error) => {
@@ -112,10 +124,28 @@ impl Recovery<'_> {
         tracing::warn!(workload = record.identity.name, "a sealed copy did not survive");
         let event = Event::Discarded(sealed.from.migration);
         let record = self.journal.record(&record.identity, &event)?;
-        self.vms.clear(record.identity.id).await;
+        engine.clear(record.identity.id).await;
         if matches!(record.ownership, Ownership::Gone(_)) {
             self.registry.remember_gone(record);
         }
         Ok(())
     }
+}
+
+/// The stopped copy of a workload that was given away; where there is none,
+/// what may be left of it is cleared away.
+async fn released_copy(
+    engine: &dyn Recovers,
+    identity: &Identity,
+    paused: bool,
+) -> Option<Box<dyn Workload>> {
+    let found = engine.find_released(identity.id, &identity.name, paused).await;
+    let workload = found.unwrap_or_else(|error| {
+        tracing::error!(workload = identity.name, %error, "its stopped copy is not usable");
+        None
+    });
+    if workload.is_none() {
+        engine.clear(identity.id).await;
+    }
+    workload
 }

@@ -66,6 +66,19 @@ pub fn close_from(first: RawFd) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// How many bytes wait in a pipe (ioctl(2), `FIONREAD`).
+///
+/// # Errors
+/// When it is not one.
+pub fn unread(pipe: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the kernel writes one int, and `count` outlives the call.
+    if unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut count) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    usize::try_from(count).map_err(io::Error::other)
+}
+
 /// Sends `bytes` with `fds` beside the first of them.
 ///
 /// # Errors

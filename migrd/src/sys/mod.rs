@@ -12,8 +12,13 @@ pub mod heap;
 pub mod kvm_state;
 pub mod mapping;
 pub mod memfd;
+pub mod namespace;
+pub mod netns;
 pub mod process;
+pub mod sockets;
 pub mod tap;
+pub mod timers;
+pub mod tmpfs;
 pub mod vm;
 pub mod volume;
 

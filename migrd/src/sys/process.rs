@@ -1,7 +1,7 @@
 //! Starting, watching and killing a child process, by pidfd.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 
@@ -9,12 +9,16 @@ use std::process::{Command, ExitStatus};
 /// into place cannot overwrite the next.
 const ABOVE: RawFd = 64;
 
+/// How many descriptors [`isolate`] hands over at most.
+pub const CROSSING_MAX: usize = 16;
+
 /// Makes `command` run in a session of its own, with each of `fds` open under
-/// the number beside it, and no other that is not meant to cross an exec.
+/// the number beside it, and no other that is not meant to cross an exec. Past
+/// the first [`CROSSING_MAX`] of them there is no room.
 pub fn isolate(command: &mut Command, fds: Vec<(OwnedFd, RawFd)>) {
     let hook = move || {
         nix::unistd::setsid()?;
-        let mut lifted = [(-1, -1); 16];
+        let mut lifted = [(-1, -1); CROSSING_MAX];
         for ((fd, number), slot) in fds.iter().zip(&mut lifted) {
             // SAFETY: duplicates an open descriptor of ours.
             let up = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ABOVE) };
@@ -45,6 +49,16 @@ pub fn isolate(command: &mut Command, fds: Vec<(OwnedFd, RawFd)>) {
     unsafe { command.pre_exec(hook) };
 }
 
+/// Makes `command` run in the cgroup whose `cgroup.procs` is open for writing as
+/// `procs`, from before its first instruction (cgroups(7)).
+pub fn join_cgroup(command: &mut Command, procs: OwnedFd) {
+    // "0" is the process that writes.
+    let hook = move || nix::unistd::write(&procs, b"0").map(drop).map_err(io::Error::from);
+    // SAFETY: between fork and exec the hook only makes a system call; it takes
+    // no lock and allocates nothing.
+    unsafe { command.pre_exec(hook) };
+}
+
 /// A process, named so that its number being used again does no harm.
 #[derive(Debug)]
 pub struct PidFd(OwnedFd);
@@ -63,6 +77,22 @@ impl PidFd {
         }
         // SAFETY: just made, and nobody else knows it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Its descriptor `number`, as one of ours.
+    ///
+    /// # Errors
+    /// What `pidfd_getfd(2)` says.
+    pub fn descriptor(&self, number: RawFd) -> io::Result<OwnedFd> {
+        let (call, fd) = (libc::SYS_pidfd_getfd, self.0.as_raw_fd());
+        // SAFETY: a plain system call that returns a new descriptor.
+        let taken = unsafe { libc::syscall(call, fd, number, 0) };
+        let taken = RawFd::try_from(taken).map_err(io::Error::other)?;
+        if taken < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: just made, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(taken) })
     }
 
     /// Kills it. Not an error when it is gone already.
@@ -103,11 +133,25 @@ impl PidFd {
 }
 
 impl PidFd {
+    /// Another name for the same process.
+    ///
+    /// # Errors
+    /// When there is no room for another descriptor.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
     /// A descriptor that becomes readable when the process ends.
     ///
     /// # Errors
     /// When there is no room for another descriptor.
     pub fn watch(&self) -> io::Result<OwnedFd> {
         self.0.try_clone()
+    }
+}
+
+impl AsFd for PidFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }

@@ -1,18 +1,16 @@
 //! The child's main thread: serves the daemon, and outlives it.
 
-use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use migr_proto::v1::{self as proto, child_message, child_reply, child_request};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::daemon::{Came, Daemon};
 use super::entry::Fds;
-use super::frame;
 use super::lifecycle::{Phase, StopKind};
 use super::machine::{Machine, MachineError};
 use super::pages::{from_wire, to_wire};
@@ -23,13 +21,6 @@ pub const READY: u8 = b'M';
 /// The first byte of a connection to a child that could not start.
 pub const FAILED: u8 = b'E';
 
-/// What a daemon may leave unread before it counts as gone (bytes).
-const UNREAD_BYTES: usize = 2 * frame::FRAME_BYTES;
-
-/// Descriptors that may wait for the request they belong to: one for every
-/// device that a VM can have, and some.
-const WAITING_FDS: usize = 32;
-
 /// Kernel and initrd, until one of them or a snapshot was loaded.
 #[derive(Debug, Default)]
 pub struct Images {
@@ -37,38 +28,6 @@ pub struct Images {
     pub kernel: Option<File>,
     /// What goes with it.
     pub initrd: Option<File>,
-}
-
-/// A daemon that is connected.
-struct Daemon {
-    socket: UnixStream,
-    received: Vec<u8>,
-    /// What came beside the bytes, in order, and no request has used yet.
-    fds: VecDeque<OwnedFd>,
-    unsent: Vec<u8>,
-}
-
-impl Daemon {
-    fn new(socket: UnixStream) -> Self {
-        Self { socket, received: Vec::new(), fds: VecDeque::new(), unsent: Vec::new() }
-    }
-
-    /// Reads once; says whether there is something new. At the end, or when it
-    /// sends what nobody may, this is an error of another kind than
-    /// `WouldBlock`.
-    fn read(&mut self) -> io::Result<()> {
-        let mut buffer = [0; 16 * 1024];
-        let (length, came) = fds::receive(&self.socket, &mut buffer)?;
-        if length == 0 {
-            return Err(ErrorKind::UnexpectedEof.into());
-        }
-        self.fds.extend(came);
-        if self.fds.len() > WAITING_FDS {
-            return Err(io::Error::other("more descriptors than any request has"));
-        }
-        self.received.extend_from_slice(buffer.get(..length).unwrap_or_default());
-        Ok(())
-    }
 }
 
 /// Whether to go on after a request.
@@ -123,9 +82,7 @@ impl Control {
             PollFd::new(fds::of_event(&self.ended), PollFlags::POLLIN),
         ];
         if let Some(daemon) = &self.daemon {
-            let more =
-                if daemon.unsent.is_empty() { PollFlags::empty() } else { PollFlags::POLLOUT };
-            wait.push(PollFd::new(daemon.socket.as_fd(), PollFlags::POLLIN | more));
+            wait.push(daemon.poll());
         }
         match poll(&mut wait, PollTimeout::NONE) {
             Ok(_) | Err(nix::Error::EINTR) => {}
@@ -169,42 +126,25 @@ impl Control {
 
     fn queue(&mut self, message: child_message::Message) {
         let message = proto::ChildMessage { message: Some(message) };
-        let Some(daemon) = &mut self.daemon else { return };
-        let failed = frame::encode(&message, &mut daemon.unsent).is_err();
-        if failed || daemon.unsent.len() > UNREAD_BYTES {
+        if self.daemon.as_mut().is_some_and(|daemon| !daemon.queue(&message)) {
             self.daemon = None;
         }
     }
 
     /// Sends what the socket takes now; a daemon that is gone is forgotten.
     fn send(&mut self) {
-        let Some(daemon) = &mut self.daemon else { return };
-        while !daemon.unsent.is_empty() {
-            match daemon.socket.write(&daemon.unsent) {
-                Ok(sent) => drop(daemon.unsent.drain(..sent)),
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
-                Err(_) => {
-                    self.daemon = None;
-                    return;
-                }
-            }
+        if self.daemon.as_mut().is_some_and(|daemon| !daemon.send()) {
+            self.daemon = None;
         }
-        daemon.unsent.shrink_to(1 << 16);
     }
 
     /// Reads what came and serves every whole request of it.
     fn receive(&mut self) -> Then {
         loop {
             let Some(daemon) = &mut self.daemon else { return Then::Serve };
-            match daemon.read() {
-                Ok(()) => {}
-                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return Then::Serve,
-                Err(_) => self.daemon = None,
-            }
+            let more = daemon.read();
             while let Some(daemon) = &mut self.daemon {
-                match frame::decode::<proto::ChildRequest>(&mut daemon.received) {
+                match daemon.request::<proto::ChildRequest>() {
                     Ok(Some(request)) => {
                         if self.serve_request(request) == Then::Quit {
                             return Then::Quit;
@@ -216,6 +156,11 @@ impl Control {
                         self.daemon = None;
                     }
                 }
+            }
+            match more {
+                Came::Some => {}
+                Came::NothingYet => return Then::Serve,
+                Came::End => self.daemon = None,
             }
         }
     }
@@ -243,8 +188,7 @@ impl Control {
     /// its own.
     fn take_files(&mut self, count: usize) -> Vec<File> {
         let Some(daemon) = &mut self.daemon else { return Vec::new() };
-        let count = count.min(daemon.fds.len());
-        daemon.fds.drain(..count).map(File::from).collect()
+        daemon.take_fds(count).into_iter().map(File::from).collect()
     }
 
     fn answer(

@@ -13,13 +13,11 @@ use prost::Message;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::console::{Log, Piece};
 use super::control::{Control, FAILED, Images, words};
 use super::machine::{Machine, MachineError};
+use super::output::SerialLog;
 use super::{frame, sandbox};
-use crate::serial_log::{self, Cursor, Reader, Writer};
 use crate::sys::fds;
-use crate::units::{PAGE_BYTES, PAGE_SIZE};
 
 /// The numbers under which the child finds its descriptors.
 pub mod number {
@@ -133,13 +131,8 @@ fn build(
         .map_err(|e| failed("handle a signal")(e.into()))?;
     sandbox::limit_process()?;
     let clone = |file: &File| file.try_clone().map_err(failed("duplicate a descriptor"));
-    let log = SerialLog {
-        files: Some((clone(&shared.log)?, clone(&shared.log)?)),
-        bell: clone(&shared.bell)?,
-        writer: None,
-        unfinished_ns: None,
-        lost: 0,
-    };
+    let log = SerialLog::new(&shared.log, &shared.bell);
+    let log = log.map_err(failed("duplicate a descriptor"))?;
     let machine = Machine::new(config, kvm, clone(&shared.memory)?, log, ended)?;
     sandbox::confine_control()?;
     Ok(machine)
@@ -179,62 +172,4 @@ fn refuse(shared: &Fds, why: &str) -> io::Result<()> {
     frame::encode(&proto::ChildMessage { message: Some(message) }, &mut bytes)
         .map_err(io::Error::other)?;
     (&socket).write_all(&bytes)
-}
-
-/// The serial log's file and the bell beside it.
-struct SerialLog {
-    /// Two of the same, until they are used.
-    files: Option<(File, File)>,
-    bell: File,
-    /// Opened at the first output, because until the guest runs here the
-    /// daemon may still be putting in place what it printed elsewhere.
-    writer: Option<Writer>,
-    /// When the line began that an earlier host left unfinished in the log.
-    unfinished_ns: Option<u64>,
-    /// Bytes that came though the log could not be opened.
-    lost: u64,
-}
-
-impl SerialLog {
-    fn open(&mut self) -> io::Result<()> {
-        let Some((read, write)) = self.files.take() else { return Ok(()) };
-        self.unfinished_ns = unfinished_line(read)?;
-        self.writer = Some(Writer::open(write)?);
-        Ok(())
-    }
-}
-
-/// When the log's last line began, if it has not ended.
-fn unfinished_line(log: File) -> io::Result<Option<u64>> {
-    let mut reader = Reader::open(log)?;
-    let Cursor(end) = reader.end()?;
-    let (entries, _) = reader.read_from(Cursor(end - end % PAGE_SIZE), PAGE_BYTES)?;
-    Ok(entries.last().filter(|e| !e.data.ends_with(b"\n")).map(|e| e.line_unix_ns))
-}
-
-impl Log for SerialLog {
-    fn write(&mut self, pieces: &[Piece]) {
-        if let Err(e) = self.open() {
-            eprintln!("cannot read the serial log, so nothing is added to it: {e}");
-        }
-        let mut pieces: Vec<_> = pieces.iter().map(as_logged).collect();
-        if let (Some(line_unix_ns), Some(first)) = (self.unfinished_ns.take(), pieces.first_mut()) {
-            *first = serial_log::Piece { line_unix_ns, starts_line: false, ..*first };
-        }
-        match &mut self.writer {
-            Some(writer) => writer.append(&pieces),
-            None => self.lost += pieces.iter().map(|p| p.bytes.len() as u64).sum::<u64>(),
-        }
-        // A counter that is full has been rung often enough.
-        let _ = self.bell.write(&1_u64.to_ne_bytes());
-    }
-
-    fn lost(&self) -> u64 {
-        self.lost + self.writer.as_ref().map_or(0, Writer::lost)
-    }
-}
-
-fn as_logged(piece: &Piece) -> serial_log::Piece<'_> {
-    let Piece { line_unix_ns, starts_line, bytes } = piece;
-    serial_log::Piece { bytes, line_unix_ns: *line_unix_ns, starts_line: *starts_line }
 }

@@ -7,6 +7,8 @@ use crate::workload::{Kind, Manifest, StreamKey, StreamSpec};
 
 /// What a virtual machine is called on the wire.
 const VM: &str = "vm";
+/// What a process tree is called on the wire.
+const PROCESS: &str = "process";
 
 /// A manifest for the wire.
 #[must_use]
@@ -21,6 +23,7 @@ pub fn manifest_to_wire(manifest: &Manifest) -> proto::Manifest {
         cpus,
         paused,
         created_unix_ms,
+        needs,
     } = manifest;
     let spec = |spec: &StreamSpec| proto::StreamSpec {
         key: spec.key.0,
@@ -33,6 +36,7 @@ pub fn manifest_to_wire(manifest: &Manifest) -> proto::Manifest {
         name: name.clone(),
         kind: match kind {
             Kind::Vm => VM.into(),
+            Kind::Process => PROCESS.into(),
         },
         streams: streams.iter().map(spec).collect(),
         config: config.clone().into(),
@@ -40,6 +44,7 @@ pub fn manifest_to_wire(manifest: &Manifest) -> proto::Manifest {
         cpus: *cpus,
         paused: *paused,
         created_unix_ms: *created_unix_ms,
+        needs: needs.clone().into(),
     }
 }
 
@@ -58,11 +63,13 @@ pub fn manifest_from_wire(manifest: proto::Manifest) -> Result<Manifest, String>
         cpus,
         paused,
         created_unix_ms,
+        needs,
     } = manifest;
     let workload: WorkloadId =
         workload_id.parse().map_err(|e: crate::units::NotAUuid| e.to_string())?;
     let kind = match kind.as_str() {
         VM => Kind::Vm,
+        PROCESS => Kind::Process,
         _ => return Err("the manifest is of a kind that this migrd does not know".into()),
     };
     let spec = |spec: proto::StreamSpec| StreamSpec {
@@ -81,5 +88,47 @@ pub fn manifest_from_wire(manifest: proto::Manifest) -> Result<Manifest, String>
         cpus,
         paused,
         created_unix_ms,
+        needs: needs.to_vec(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_of_every_kind_arrives_as_it_was_sent() {
+        for kind in [Kind::Vm, Kind::Process] {
+            let manifest = Manifest {
+                workload: WorkloadId::random(),
+                name: "job".into(),
+                kind,
+                streams: vec![StreamSpec {
+                    key: StreamKey(7),
+                    name: "pages-1".into(),
+                    length: 8192,
+                    used: 1,
+                }],
+                config: vec![1, 2, 3],
+                memory_bytes: 4096,
+                cpus: 2,
+                paused: true,
+                created_unix_ms: -1,
+                needs: vec![4, 5],
+            };
+            assert_eq!(manifest_from_wire(manifest_to_wire(&manifest)), Ok(manifest));
+        }
+    }
+
+    #[test]
+    fn a_manifest_of_a_kind_that_is_not_known_is_refused() {
+        for kind in ["", "VM", "container", "process "] {
+            let sent = proto::Manifest {
+                workload_id: WorkloadId::random().to_string(),
+                kind: kind.into(),
+                ..proto::Manifest::default()
+            };
+            assert!(manifest_from_wire(sent).unwrap_err().contains("does not know"), "{kind:?}");
+        }
+    }
 }

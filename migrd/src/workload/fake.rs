@@ -4,7 +4,7 @@
 //! and [`FakeArriving`] are a daemon's hands on it. Every guest of a test
 //! shares a [`Census`], which fails the test the moment two of one workload run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::{
-    Arriving, ChunkSink, ChunkSource, Footprint, OutOfStream, Output, RunState, StreamHash,
-    StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
+    Arriving, Carry, ChunkSink, ChunkSource, Footprint, OutOfStream, Output, Problem, RunState,
+    StreamHash, StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
 };
 use crate::pages::{PageBitmap, PageSet};
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
@@ -57,6 +57,8 @@ pub enum Op {
     Freeze,
     /// `let_go`.
     LetGo,
+    /// `rest`.
+    Rest,
     /// `save`.
     Save,
     /// `hash`.
@@ -87,7 +89,16 @@ struct Inner {
     takes_its_time: bool,
     dirty: Option<PageBitmap>,
     failing: BTreeMap<Op, u32>,
+    /// How many calls of an operation are let through before those that fail.
+    spared: BTreeMap<Op, u32>,
     calls: Vec<Op>,
+    hangs_after: Option<u32>,
+    carried: Carry,
+    problems: Vec<Problem>,
+    /// Into how many parts its rest falls; 0 counts as 1.
+    parts: u64,
+    /// What of its rest was not asked for yet; `None`: it was not asked at all.
+    rest: Option<VecDeque<PageSet>>,
 }
 
 impl Guest {
@@ -122,6 +133,43 @@ impl Guest {
         self.lock().failing.insert(op, times);
     }
 
+    /// From now on its rest comes in so many parts, and it is saved only after
+    /// the last: what comes later was written while it stood still.
+    pub fn in_parts(&self, parts: u64) {
+        self.lock().parts = parts;
+    }
+
+    /// From now on these keep it from being saved.
+    pub fn has(&self, problems: Vec<Problem>) {
+        self.lock().problems = problems;
+    }
+
+    /// What of it travels.
+    pub fn carried(&self) -> Carry {
+        self.lock().carried
+    }
+
+    /// Makes the next `times` calls of `op` fail after the first `after`.
+    pub fn failing_after(&self, op: Op, after: u32, times: u32) {
+        let mut inner = self.lock();
+        inner.spared.insert(op, after);
+        inner.failing.insert(op, times);
+    }
+
+    /// From now on its `rest` never returns after the first `parts` calls, until
+    /// its future is dropped.
+    pub fn hangs_after(&self, parts: u32) {
+        self.lock().hangs_after = Some(parts);
+    }
+
+    /// Whether this call of `rest` is to hang.
+    fn hangs(&self) -> bool {
+        let mut inner = self.lock();
+        let hangs = inner.hangs_after == Some(0);
+        inner.hangs_after = inner.hangs_after.map(|parts| parts.saturating_sub(1));
+        hangs
+    }
+
     /// Which operations were called so far.
     pub fn calls(&self) -> Vec<Op> {
         self.lock().calls.clone()
@@ -132,6 +180,10 @@ impl Guest {
         inner.calls.push(op);
         if inner.dead {
             return Err(WorkloadError::new("the fake is dead"));
+        }
+        if let Some(spared @ 1..) = inner.spared.get_mut(&op) {
+            *spared -= 1;
+            return Ok(());
         }
         match inner.failing.get_mut(&op) {
             Some(times @ 1..) => {
@@ -328,8 +380,17 @@ impl Workload for FakeWorkload {
         Arc::new(Silent)
     }
 
-    async fn carry(&mut self, _disks: bool) -> Result<(), WorkloadError> {
+    async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError> {
+        self.0.lock().carried = what;
         Ok(())
+    }
+
+    fn needs(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    async fn problems(&mut self) -> Result<Vec<Problem>, WorkloadError> {
+        Ok(self.0.lock().problems.clone())
     }
 
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
@@ -369,7 +430,25 @@ impl Workload for FakeWorkload {
         self.0.check(Op::Freeze)?;
         self.0.scribble();
         self.0.hold();
+        self.0.lock().rest = None;
         Ok(())
+    }
+
+    async fn rest(&mut self) -> Result<Option<PageSet>, WorkloadError> {
+        self.0.check(Op::Rest)?;
+        if self.0.hangs() {
+            return std::future::pending().await;
+        }
+        if self.0.lock().rest.is_none() {
+            let dirty = self.dirty().await?;
+            let parts = self.0.lock().parts.max(1);
+            self.0.lock().rest = Some(split(&dirty, parts));
+        }
+        Ok(self.0.lock().rest.as_mut().and_then(VecDeque::pop_front))
+    }
+
+    fn saves_early(&self) -> bool {
+        self.0.lock().parts == 0
     }
 
     async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
@@ -421,6 +500,23 @@ impl Workload for FakeWorkload {
     async fn discard(self: Box<Self>) {
         self.0.end("discarded");
     }
+}
+
+/// `pages` in at most so many parts, none of them empty.
+fn split(pages: &PageSet, parts: u64) -> VecDeque<PageSet> {
+    let Some(all) = pages.get(STREAM) else { return VecDeque::new() };
+    let single: Vec<_> = (0..all.pages()).filter(|page| all.contains(PageIndex(*page))).collect();
+    let size = all.count().div_ceil(parts).max(1);
+    let part = |pages: &[u64]| {
+        let mut part = PageBitmap::none(all.pages());
+        for page in pages {
+            part.insert(PageRun { first: PageIndex(*page), count: 1 });
+        }
+        let mut set = PageSet::default();
+        set.set(STREAM, part);
+        set
+    };
+    single.chunks(usize::try_from(size).expect("a small guest")).map(part).collect()
 }
 
 /// A daemon's hand on a guest that arrives.

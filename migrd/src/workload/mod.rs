@@ -4,6 +4,10 @@
 //! migration moves chunks of numbered streams and never knows what one means.
 //! May not touch tonic or the phases of a migration.
 
+pub mod link;
+pub mod logged;
+pub mod outliving;
+pub mod process;
 pub mod storage;
 pub mod vm;
 
@@ -135,6 +139,29 @@ impl Problem {
     }
 }
 
+/// What of a workload travels, and what may be done to it for that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carry {
+    /// Its disks travel with it.
+    pub disks: bool,
+    /// What may be done to a process tree.
+    pub process: ProcessOptions,
+}
+
+/// What the user allows to be done to a process tree that moves or is
+/// checkpointed. Each gives something up, so none is done unasked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProcessOptions {
+    /// Carry locks on files: whoever else holds one there keeps it from starting.
+    pub file_locks: bool,
+    /// Make names for open files that have none left.
+    pub link_remap: bool,
+    /// The largest deleted file to carry, in bytes; 0: CRIU's own limit.
+    pub ghost_limit_bytes: u64,
+    /// Close established TCP connections.
+    pub drop_connections: bool,
+}
+
 /// What a workload is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RunState {
@@ -186,8 +213,10 @@ pub struct Output {
 /// Figures of a workload, for people.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Footprint {
-    /// Process that runs it; 0 if none does.
+    /// Process that runs it, and of a process tree its init; 0 if none does.
     pub pid: u32,
+    /// Processes of a process tree; 0 for other kinds.
+    pub processes: u32,
     /// Memory it has touched, in bytes.
     pub populated_bytes: u64,
     /// Memory that running it costs beyond its own, in bytes.
@@ -216,12 +245,24 @@ pub trait Workload: Send + Sync {
     /// Its output and input, usable while a migration holds the workload.
     fn terminal(&self) -> Arc<dyn Terminal>;
 
-    /// Chooses whether its disks travel with it: from then on they are among
-    /// its [`streams`](Self::streams) and [`chunks`](Self::chunks), or no longer.
+    /// Chooses what travels and what may be done for that: from then on its
+    /// disks are among its [`streams`](Self::streams) and
+    /// [`chunks`](Self::chunks), or no longer.
     ///
     /// # Errors
-    /// When a disk can't travel.
-    async fn carry(&mut self, disks: bool) -> Result<(), WorkloadError>;
+    /// When something can't travel.
+    async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError>;
+
+    /// What it has to find on a host that it goes to, as its kind writes that down,
+    /// as of the last call of [`problems`](Self::problems); empty: nothing.
+    fn needs(&self) -> Vec<u8>;
+
+    /// What keeps it from being saved as it is now, with what `carry` chose;
+    /// empty: nothing is known to. Only looks.
+    ///
+    /// # Errors
+    /// When it can't be looked at.
+    async fn problems(&mut self) -> Result<Vec<Problem>, WorkloadError>;
 
     /// From now on knows which pages differ from what was last cleared. At
     /// first every populated page does.
@@ -248,6 +289,21 @@ pub trait Workload: Send + Sync {
     /// Stops it: when this returns nothing of it runs and nothing writes to
     /// its streams. On an error it runs.
     async fn freeze(&mut self) -> Result<(), WorkloadError>;
+
+    /// Of a frozen workload: the next part of what has to be sent, `None` when
+    /// there is no more. What is in a part does not change any more, and the
+    /// parts together are everything that the destination does not have. What is
+    /// written only while the workload stands still is a part as soon as it is
+    /// written, so this may take long; nothing is lost when its future is
+    /// dropped and the workload thawed.
+    ///
+    /// # Errors
+    /// When there is no next part, though not everything was sent.
+    async fn rest(&mut self) -> Result<Option<PageSet>, WorkloadError>;
+
+    /// Whether `save` may be called beside the sending of the first part of the
+    /// [`rest`](Self::rest). Otherwise it is called after the last.
+    fn saves_early(&self) -> bool;
 
     /// Hashes its streams, of a frozen workload.
     async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError>;
@@ -331,6 +387,9 @@ pub struct Manifest {
     pub paused: bool,
     /// When it was first created, in ms since the Unix epoch.
     pub created_unix_ms: i64,
+    /// What it has to find on a host, as its kind writes that down; empty when
+    /// that is nothing.
+    pub needs: Vec<u8>,
 }
 
 /// A kind of workload.
@@ -339,6 +398,8 @@ pub struct Manifest {
 pub enum Kind {
     /// A virtual machine.
     Vm,
+    /// A process tree.
+    Process,
 }
 
 /// Makes workloads of one kind on this host.
@@ -354,6 +415,47 @@ pub trait Engine: Send + Sync {
 
     /// Makes an empty workload that is ready to receive.
     async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError>;
+}
+
+/// Finds the workloads of one kind again that an earlier daemon has made.
+#[async_trait]
+pub trait Recovers: Engine {
+    /// An owned workload, as an earlier daemon left it. It runs unless `paused`, or
+    /// has ended.
+    ///
+    /// # Errors
+    /// When what is left of it can't be read.
+    async fn find(
+        &self,
+        id: WorkloadId,
+        name: &str,
+        config: &[u8],
+        paused: bool,
+    ) -> Result<Box<dyn Workload>, WorkloadError>;
+
+    /// The same, standing still whatever it did: it is not known whose it is.
+    ///
+    /// # Errors
+    /// When it can't be read or does not stand still.
+    async fn find_released(
+        &self,
+        id: WorkloadId,
+        name: &str,
+        paused: bool,
+    ) -> Result<Option<Box<dyn Workload>>, WorkloadError>;
+
+    /// The sealed copy of a workload, if it still lives.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    async fn find_sealed(
+        &self,
+        id: WorkloadId,
+        name: &str,
+    ) -> Result<Option<Box<dyn Arriving>>, WorkloadError>;
+
+    /// Ends every workload that is not in `known`, and clears it away.
+    async fn sweep(&self, known: &std::collections::BTreeSet<WorkloadId>);
 }
 
 #[cfg(test)]

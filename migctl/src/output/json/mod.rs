@@ -89,7 +89,51 @@ pub struct Inspection {
     pub log_bytes: u64,
     pub log_dropped_bytes: u64,
     pub cpu: Option<CpuModel>,
+    pub process: Option<Process>,
     pub last_migration: Option<Migration>,
+}
+
+/// What `inspect` says of a process tree.
+#[derive(Debug, Serialize)]
+pub struct Process {
+    pub argv: Vec<String>,
+    pub cwd: String,
+    pub net: Option<ProcessNet>,
+    pub pid: Option<u32>,
+    pub processes: u32,
+}
+
+impl From<v1::ProcessInfo> for Process {
+    fn from(from: v1::ProcessInfo) -> Self {
+        let v1::ProcessInfo { argv, cwd, net, pid, processes } = from;
+        let pid = Some(pid).filter(|pid| *pid != 0);
+        Self { argv, cwd, net: net.map(Into::into), pid, processes }
+    }
+}
+
+/// The network of a process tree, in `inspect`.
+#[derive(Debug, Serialize)]
+pub struct ProcessNet {
+    pub ip: String,
+    pub bridge: String,
+    pub gateway: Option<String>,
+    pub mac: Option<String>,
+}
+
+impl From<v1::ProcessNet> for ProcessNet {
+    fn from(from: v1::ProcessNet) -> Self {
+        let v1::ProcessNet { address, bridge, gateway, mac } = from;
+        Self { ip: address, bridge, gateway: filled(gateway), mac: filled(show_mac(&mac)) }
+    }
+}
+
+/// `checkpoint --dry-run`.
+#[derive(Debug, Serialize)]
+pub struct CheckpointPlan {
+    pub workload: String,
+    pub directory: String,
+    pub possible: bool,
+    pub blockers: Vec<Blocker>,
 }
 
 /// The CPU features that a guest was given.
@@ -114,6 +158,7 @@ impl From<v1::InspectReply> for Inspection {
             log_bytes: from.log_bytes,
             log_dropped_bytes: from.log_dropped_bytes,
             cpu: from.cpu.map(|v1::CpuOrder { name, features }| CpuModel { name, features }),
+            process: from.process.map(Into::into),
             last_migration: from.last_migration.map(Into::into),
         }
     }
@@ -133,6 +178,8 @@ pub struct Host {
     pub memory_reserved_bytes: u64,
     pub kvm: bool,
     pub kvm_problem: Option<String>,
+    pub criu: Option<String>,
+    pub criu_problem: Option<String>,
     pub workloads: u32,
     pub cpu: Option<HostCpu>,
 }
@@ -167,6 +214,8 @@ impl From<v1::HostReply> for Host {
             memory_reserved_bytes: from.memory_reserved_bytes,
             kvm: from.kvm,
             kvm_problem: filled(from.kvm_problem),
+            criu: filled(from.criu),
+            criu_problem: filled(from.criu_problem),
             workloads: from.workloads,
             cpu: from.cpu.map(Into::into),
         }

@@ -18,7 +18,9 @@ pub const MAX_STREAMS: usize = 1024;
 /// The longest name of a stream or workload, in bytes.
 const MAX_NAME: usize = 63;
 /// The longest config of a kind, in bytes.
-const MAX_CONFIG: usize = 1 << 20;
+pub const MAX_CONFIG: usize = 1 << 20;
+/// The longest list of what a workload needs, in bytes.
+const MAX_NEEDS: usize = 24 << 20;
 
 fn blocker(code: &str, message: impl Into<String>, remedy: &str) -> Blocker {
     Blocker {
@@ -54,6 +56,9 @@ fn check_manifest(manifest: &Manifest, lanes: u32) -> Result<(), Blocker> {
     }
     if manifest.config.len() > MAX_CONFIG {
         return Err(bad("the configuration is too long".into()));
+    }
+    if manifest.needs.len() > MAX_NEEDS {
+        return Err(bad("what it needs is too long".into()));
     }
     let mut keys: Vec<_> = manifest.streams.iter().map(|s| s.key).collect();
     keys.sort_unstable();

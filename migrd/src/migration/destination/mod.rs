@@ -20,7 +20,7 @@ use crate::migration::recovery::standing_at_destination;
 use crate::units::{Epoch, MigrationId, WorkloadId};
 use crate::workload::{Arriving, Engine, Kind, Manifest, Workload, WorkloadError};
 
-pub use accepted::{MAX_LANES, MAX_STREAMS, valid_name};
+pub use accepted::{MAX_CONFIG, MAX_LANES, MAX_STREAMS, valid_name};
 use arrival::{Arrival, Command};
 
 /// How long things may take at the destination.

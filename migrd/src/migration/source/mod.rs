@@ -24,7 +24,7 @@ use crate::migration::phase::{
 };
 use crate::pages::PageSet;
 use crate::units::{Epoch, HostId, MigrationId};
-use crate::workload::{RunState, Workload};
+use crate::workload::{Carry, ProcessOptions, RunState, Workload};
 
 use released::{Released, Settled};
 
@@ -45,6 +45,16 @@ pub struct Request {
     pub verify: bool,
     /// Its disks travel with it.
     pub copy_disks: bool,
+    /// What may be done to a process tree.
+    pub process: ProcessOptions,
+}
+
+impl Request {
+    /// What of the workload travels, and what may be done to it for that.
+    #[must_use]
+    pub fn carry(&self) -> Carry {
+        Carry { disks: self.copy_disks, process: self.process }
+    }
 }
 
 /// What a stop costs besides memory, learned from stops done by this daemon.

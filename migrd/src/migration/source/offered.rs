@@ -18,8 +18,8 @@ pub(super) struct Offered(Run);
 impl Offered {
     pub(super) async fn make(mut run: Run) -> Result<Self, Aborted> {
         run.enter(Phase::Planning);
-        let disks = run.context().request.copy_disks;
-        let carried = run.workload.carry(disks).await;
+        let what = run.context().request.carry();
+        let carried = run.workload.carry(what).await;
         let (mut run, ()) = run.or_abort(carried).await?;
         let offer = offer(&run);
         let (id, lanes) = (run.context().id, run.context().lanes);
@@ -67,6 +67,7 @@ fn offer(run: &Run) -> Offer {
             cpus: identity.cpus,
             paused: context.paused,
             created_unix_ms: identity.created_unix_ms,
+            needs: run.workload.needs(),
         },
         lanes: context.lanes,
         dry_run: false,

@@ -71,7 +71,7 @@ impl Copied {
 impl Run {
     async fn rounds(&mut self, interrupt: &mut Interrupt) -> Result<(), MigrationError> {
         let mut pending = self.workload.dirty().await?;
-        self.record.tally.skipped = skipped(self.workload.as_ref(), &pending);
+        self.record.tally.skipped = skipped(self.workload.as_ref(), pending.count());
         let mut rounds = Rounds {
             hot: find_hot(self.workload.as_mut(), &pending, interrupt).await?,
             best: None,
@@ -197,10 +197,10 @@ pub(super) fn no_lanes() -> MigrationError {
     MigrationError::Workload(crate::workload::WorkloadError::new("the lanes were never opened"))
 }
 
-/// Pages of the workload that hold nothing.
-pub(super) fn skipped(workload: &dyn Workload, populated: &PageSet) -> u64 {
+/// Pages of the workload that hold nothing, when `populated` of them do.
+pub(super) fn skipped(workload: &dyn Workload, populated: u64) -> u64 {
     let all: u64 = workload.streams().iter().map(|s| s.length / PAGE_SIZE).sum();
-    all.saturating_sub(populated.count())
+    all.saturating_sub(populated)
 }
 
 async fn find_hot(

@@ -9,9 +9,10 @@ use super::released::Released;
 use super::{ABANDON_WAIT, Aborted, Record, Run, send_pages, within};
 use crate::migration::failpoint;
 use crate::migration::journal::{Event, JournalError};
-use crate::migration::link::{LinkError, Peer, SealOrder};
+use crate::migration::link::{LaneTotals, LinkError, PageLanes, Peer, SealOrder};
 use crate::migration::phase::{MigrationError, Phase};
-use crate::units::MigrationId;
+use crate::pages::PageSet;
+use crate::units::{MigrationId, PAGE_SIZE};
 use crate::workload::{StreamSpec, WorkloadError};
 
 /// How long the peer may be silent while the workload stands still. Dead
@@ -54,7 +55,8 @@ impl Stopped {
         let Self { run, order } = self;
         let started = Instant::now();
         let peer = run.context().peer.clone();
-        let wait = seal_wait(&run.workload.streams(), !order.hashes.is_empty());
+        let sent = run.record.tally.lanes.data_pages * PAGE_SIZE;
+        let wait = seal_wait(&run.workload.streams(), sent, !order.hashes.is_empty());
         let sealed = while_heard(&peer, within(&peer, wait, peer.seal(&order)));
         let report = run.interrupt().guard(sealed).await;
         let (mut run, report) = run.or_abort(report).await?;
@@ -72,28 +74,50 @@ impl Stopped {
 }
 
 impl Run {
-    /// Sends the last pages while the state is saved.
+    /// Sends what is left of the workload, part by part, and saves its state:
+    /// beside the first part where the workload can do that.
     async fn send_rest(&mut self) -> Result<SealOrder, MigrationError> {
         let mut interrupt = self.interrupt();
-        let started = Instant::now();
-        let pending = self.workload.dirty().await?;
-        let found = started.elapsed();
-        if self.record.tally.rounds.is_empty() {
-            self.record.tally.skipped = skipped(self.workload.as_ref(), &pending);
-        }
         let peer = self.context().peer.clone();
-        let lanes = self.lanes.as_deref_mut().ok_or_else(no_lanes)?;
-        let memory = async {
-            send_pages(lanes, &pending).await?;
-            let queued = started.elapsed();
-            let totals = lanes.flush().await?;
-            tracing::debug!(?found, ?queued, flushed = ?started.elapsed(), "last pages");
-            Ok((totals, started.elapsed()))
+        let started = Instant::now();
+        let (mut sent, mut saved) = (None, None);
+        let mut pages = 0;
+        loop {
+            let next = async { Ok::<_, MigrationError>(self.workload.rest().await?) };
+            let Some(part) = interrupt.guard(while_heard(&peer, next)).await? else { break };
+            let found = started.elapsed();
+            let lanes = self.lanes.as_deref_mut().ok_or_else(no_lanes)?;
+            let sending = async {
+                let totals = send_part(lanes, &part).await?;
+                tracing::debug!(?found, flushed = ?started.elapsed(), "part of the last pages");
+                Ok::<_, MigrationError>((totals, started.elapsed()))
+            };
+            let sending = interrupt.guard(while_heard(&peer, sending));
+            if saved.is_none() && self.workload.saves_early() {
+                let (done, state) = tokio::join!(sending, self.workload.save());
+                sent = Some(done?);
+                saved = Some(state?);
+            } else {
+                sent = Some(sending.await?);
+            }
+            pages += part.count();
+        }
+        let (totals, memory_took) = match sent {
+            Some(sent) => sent,
+            // How many batches there were is only known after a flush.
+            None => {
+                let lanes = self.lanes.as_deref_mut().ok_or_else(no_lanes)?;
+                let flushed = interrupt.guard(while_heard(&peer, lanes.flush())).await?;
+                (flushed, started.elapsed())
+            }
         };
-        let memory = interrupt.guard(while_heard(&peer, memory));
-        let (memory, state) = tokio::join!(memory, self.workload.save());
-        let (totals, memory_took) = memory?;
-        let state = state?;
+        let state = match saved {
+            Some(state) => state,
+            None => self.workload.save().await?,
+        };
+        if self.record.tally.rounds.is_empty() {
+            self.record.tally.skipped = skipped(self.workload.as_ref(), pages);
+        }
         let both = started.elapsed();
         self.record.tally.lanes = totals;
         self.record.tally.downtime.memory = memory_took;
@@ -115,11 +139,17 @@ impl Run {
     }
 }
 
+/// Sends `part` and waits until all of it is in place.
+async fn send_part(lanes: &mut dyn PageLanes, part: &PageSet) -> Result<LaneTotals, LinkError> {
+    send_pages(lanes, part).await?;
+    lanes.flush().await
+}
+
 /// `work`, cut short when the peer does not answer another question meanwhile.
-async fn while_heard<T>(
+async fn while_heard<T, E: From<LinkError>>(
     peer: &Arc<dyn Peer>,
-    work: impl Future<Output = Result<T, LinkError>>,
-) -> Result<T, LinkError> {
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
     let silent = async {
         loop {
             tokio::time::sleep(LISTEN_PAUSE).await;
@@ -131,7 +161,7 @@ async fn while_heard<T>(
     tokio::select! {
         biased;
         done = work => done,
-        error = silent => Err(error),
+        error = silent => Err(error.into()),
     }
 }
 
@@ -187,13 +217,13 @@ impl Sealed {
     }
 }
 
-/// How long the peer may take to load the state while the workload stands
-/// still, and to hash all of `streams` if it has to `verify`: a slow one does
-/// 64 MiB a second.
-fn seal_wait(streams: &[StreamSpec], verify: bool) -> Duration {
+/// How long the peer may take to load the state while the workload stands still,
+/// which may mean to copy all that was `sent` (bytes), and to hash all of `streams`
+/// if it has to `verify`: a slow one does 64 MiB a second.
+fn seal_wait(streams: &[StreamSpec], sent: u64, verify: bool) -> Duration {
     let bytes: u64 = streams.iter().map(|spec| spec.length).sum();
     let hashing = if verify { bytes >> 26 } else { 0 };
-    Duration::from_secs(30 + hashing)
+    Duration::from_secs(30 + (sent >> 26) + hashing)
 }
 
 /// How long the part of a stop took that does not depend on memory.

@@ -8,7 +8,7 @@ use crate::workload::fake::Op;
 
 const CALLS: [Call; 6] =
     [Call::Offer, Call::Lanes, Call::Send, Call::Flush, Call::Seal, Call::Activate];
-const FAULTS: [Fault; 9] = [
+pub(super) const FAULTS: [Fault; 9] = [
     Fault::RequestLost,
     Fault::ReplyLost,
     Fault::TakerDiesBefore,
@@ -52,11 +52,12 @@ async fn an_attempt_whose_end_was_not_heard_of_is_not_in_the_way_of_the_next() {
 }
 
 /// One story: a fault at a call; then the network heals and both daemons run.
-async fn story(call: Call, nth: u32, fault: Fault, mode: Mode) -> bool {
+pub(super) async fn story(call: Call, nth: u32, fault: Fault, mode: Mode, parts: u64) -> bool {
     let world = World::new();
     let identity = world.workload(30);
+    world.guest("a", identity.id).in_parts(parts);
     world.plan(call, nth, fault);
-    let told = format!("{fault:?} at {call:?} {nth} in mode {mode:?}");
+    let told = format!("{fault:?} at {call:?} {nth} in mode {mode:?}, {parts} parts");
     let going = world.migrate(&identity, "a", "b", request(mode));
     let report = tokio::time::timeout(Duration::from_millis(700), going).await;
     let happened = world.all_happened();
@@ -87,7 +88,7 @@ async fn any_single_fault_leaves_exactly_one_running() {
     for call in CALLS {
         for fault in FAULTS {
             for mode in [Mode::Precopy, Mode::Stop] {
-                happened += u32::from(story(call, 1, fault, mode).await);
+                happened += u32::from(story(call, 1, fault, mode, 0).await);
             }
         }
     }
@@ -130,6 +131,7 @@ async fn a_workload_that_fails_at_any_step_of_the_source_keeps_running_there() {
         Op::Clear,
         Op::Drain,
         Op::Freeze,
+        Op::Rest,
         Op::Save,
         Op::Hash,
         Op::LetGo,

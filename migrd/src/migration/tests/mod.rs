@@ -3,4 +3,5 @@
 
 mod failures;
 mod model;
+mod parts;
 mod world;

@@ -11,7 +11,7 @@ use super::super::{RegistryError, Status, Watching};
 use super::handle::{get, put};
 use super::{Active, Back, Holding, Owner};
 use crate::migration::journal::Event;
-use crate::migration::link::Peer;
+use crate::migration::link::{Blocker, Peer};
 use crate::migration::phase::{MigrationError, Outcome, Phase, Progress, Report};
 use crate::migration::plan::{Question, identify};
 use crate::migration::policy::approximate;
@@ -28,8 +28,9 @@ impl Owner {
         request: &Request,
     ) -> Result<Question, RegistryError> {
         let workload = self.live("migrated")?;
-        workload.carry(request.copy_disks).await?;
-        let streams = workload.streams();
+        workload.carry(request.carry()).await?;
+        let found = workload.problems().await?;
+        let (streams, needs) = (workload.streams(), workload.needs());
         let on_disks: u64 = streams.iter().map(|s| s.used).sum();
         let identity = &self.record.identity;
         let rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
@@ -37,6 +38,10 @@ impl Owner {
         Ok(Question {
             peer: peer.clone(),
             here: self.shared.host,
+            problems: found
+                .into_iter()
+                .map(|problem| Blocker::found_on(&self.shared.here, problem))
+                .collect(),
             manifest: Manifest {
                 workload: identity.id,
                 name: identity.name.clone(),
@@ -47,6 +52,7 @@ impl Owner {
                 cpus: identity.cpus,
                 paused: self.record.paused,
                 created_unix_ms: identity.created_unix_ms,
+                needs,
             },
             epoch: self.record.epoch.next(),
             mode: request.mode,
@@ -254,6 +260,10 @@ async fn announced(mut status: watch::Receiver<Status>, id: MigrationId) {
 
 /// Checks who is there, then moves it.
 async fn moving(question: Question, mut context: Context, workload: Box<dyn Workload>) -> End {
+    if !question.problems.is_empty() {
+        let cause = MigrationError::Refused(question.problems);
+        return End::Kept(workload, context.refused(&cause));
+    }
     let asked = context.cancel.run_until_cancelled(identify(&question)).await;
     match asked {
         Some(Ok(facts)) => {

@@ -21,7 +21,7 @@ use crate::migration::plan::Question;
 use crate::migration::source::released::{Released, Settled};
 use crate::migration::source::{End, Request};
 use crate::units::MigrationId;
-use crate::workload::{RunState, Workload, WorkloadError};
+use crate::workload::{Carry, Problem, RunState, Workload, WorkloadError};
 use handle::{Published, put};
 
 pub(super) use handle::OwnerHandle;
@@ -39,7 +39,8 @@ pub(super) enum Command {
     AskToEnd(Reply<()>),
     Stop(Reply<Status>),
     Remove(Reply<()>),
-    Frozen(FrozenWork, Reply<Duration>),
+    Frozen(Carry, FrozenWork, Reply<Duration>),
+    Problems(Carry, Reply<Vec<Problem>>),
     Migrate(Arc<dyn Peer>, Request, Reply<Watching>),
     Question(Arc<dyn Peer>, Request, Reply<Question>),
     Cancel(Reply<MigrationId>),
@@ -226,8 +227,11 @@ impl Owner {
             Command::Remove(reply) => {
                 let _ = reply.send(self.remove().await);
             }
-            Command::Frozen(work, reply) => {
-                let _ = reply.send(self.frozen(work).await);
+            Command::Frozen(what, work, reply) => {
+                let _ = reply.send(self.frozen(what, work).await);
+            }
+            Command::Problems(what, reply) => {
+                let _ = reply.send(self.problems(what).await);
             }
             Command::Migrate(peer, request, reply) => {
                 let _ = reply.send(self.migrate(peer, request).await);
@@ -365,8 +369,16 @@ impl Owner {
         Ok(())
     }
 
-    async fn frozen(&mut self, work: FrozenWork) -> Result<Duration, RegistryError> {
+    async fn problems(&mut self, what: Carry) -> Result<Vec<Problem>, RegistryError> {
         let workload = self.live("checkpointed")?;
+        workload.carry(what).await?;
+        Ok(workload.problems().await?)
+    }
+
+    async fn frozen(&mut self, what: Carry, work: FrozenWork) -> Result<Duration, RegistryError> {
+        let workload = self.live("checkpointed")?;
+        // A migration that failed may have chosen something else.
+        workload.carry(what).await?;
         let started = Instant::now();
         workload.freeze().await?;
         let done = work(workload.as_mut()).await;

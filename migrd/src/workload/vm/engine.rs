@@ -18,12 +18,15 @@ use migr_proto::v1 as proto;
 use prost::Message;
 
 use super::arriving::ArrivingVm;
-use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm, own_program};
+use super::child::{Child, ChildError, ChildSpec, ChildState, open_kvm};
 use super::disks::{self, Disks, Holder, Purpose};
 use super::running::{Vm, remove};
 use super::{all_streams, chain, cpu, failed, nets, streams, told};
 use crate::units::{HostId, WorkloadId};
-use crate::workload::{Arriving, Engine, Manifest, Problem, StreamSpec, Workload, WorkloadError};
+use crate::workload::outliving::own_program;
+use crate::workload::{
+    Arriving, Engine, Manifest, Problem, Recovers, StreamSpec, Workload, WorkloadError,
+};
 
 /// The most virtual CPUs of a VM.
 pub const MAX_CPUS: u32 = 64;
@@ -217,71 +220,6 @@ impl VmEngine {
         }
     }
 
-    /// The VM of an owned workload, as an earlier daemon left it. It runs
-    /// unless `paused`, or has ended.
-    ///
-    /// # Errors
-    /// When its child or what it left can't be read.
-    pub async fn find(
-        &self,
-        id: WorkloadId,
-        name: &str,
-        config: &[u8],
-        paused: bool,
-    ) -> Result<Box<dyn Workload>, WorkloadError> {
-        let Some(mut vm) = self.find_still(id, name, paused).await? else {
-            let config = proto::VmConfig::decode(config)
-                .map_err(|e| WorkloadError::caused("its configuration is damaged", e))?;
-            let why = "its VMM is gone: the host restarted, or it was stopped or killed";
-            return Ok(Box::new(Vm::ended(self.place(id), config.memory_bytes, why)?));
-        };
-        if let Err(error) = vm.take_disks(Purpose::TakenBack).await {
-            // Its memory is here: an operator can let it go on later.
-            tracing::error!(%id, %error, "a VM stands still without its disks");
-            return Ok(Box::new(vm));
-        }
-        match vm.child_state() {
-            Some(ChildState::Ready | ChildState::Paused) if !paused => vm.thaw().await?,
-            Some(ChildState::Running) if paused => vm.pause().await?,
-            _ => {}
-        }
-        Ok(Box::new(vm))
-    }
-
-    /// The same, standing still whatever it did: it is not known whose it is.
-    ///
-    /// # Errors
-    /// When its child can't be read or does not stand still.
-    pub async fn find_released(
-        &self,
-        id: WorkloadId,
-        name: &str,
-        paused: bool,
-    ) -> Result<Option<Box<dyn Workload>>, WorkloadError> {
-        let Some(vm) = self.find_still(id, name, paused).await? else { return Ok(None) };
-        if vm.child_state() == Some(ChildState::Running) {
-            let mut vm: Box<dyn Workload> = Box::new(vm);
-            vm.freeze().await?;
-            return Ok(Some(vm));
-        }
-        Ok(Some(Box::new(vm)))
-    }
-
-    /// The sealed copy of a workload, if it still lives.
-    ///
-    /// # Errors
-    /// When its child can't be read.
-    pub async fn find_sealed(
-        &self,
-        id: WorkloadId,
-        name: &str,
-    ) -> Result<Option<Box<dyn Arriving>>, WorkloadError> {
-        let directory = self.place(id);
-        let Some(child) = self.adopt(&directory).await? else { return Ok(None) };
-        let holder = self.holder(id, name);
-        Ok(Some(Box::new(ArrivingVm::new(directory, Arc::new(child), holder, None)?)))
-    }
-
     async fn find_still(
         &self,
         id: WorkloadId,
@@ -308,18 +246,6 @@ impl VmEngine {
             adopted = Child::adopt(directory).await;
         }
         adopted.map_err(told("take the VM back"))
-    }
-
-    /// Ends every VM that is not in `known`, and clears its directory away.
-    pub async fn sweep(&self, known: &BTreeSet<WorkloadId>) {
-        let Ok(entries) = std::fs::read_dir(&self.directory) else { return };
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let id = name.to_str().and_then(|n| WorkloadId::from_str(n).ok());
-            let Some(id) = id.filter(|id| !known.contains(id)) else { continue };
-            tracing::info!(%id, "clearing away a VM that this host does not own");
-            self.clear(id).await;
-        }
     }
 
     /// Why this host can't run VMs, and what to do; `None` if it can.
@@ -407,6 +333,72 @@ impl Engine for VmEngine {
                 remove(&directory);
                 Err(error)
             }
+        }
+    }
+}
+
+#[async_trait]
+impl Recovers for VmEngine {
+    async fn find(
+        &self,
+        id: WorkloadId,
+        name: &str,
+        config: &[u8],
+        paused: bool,
+    ) -> Result<Box<dyn Workload>, WorkloadError> {
+        let Some(mut vm) = self.find_still(id, name, paused).await? else {
+            let config = proto::VmConfig::decode(config)
+                .map_err(|e| WorkloadError::caused("its configuration is damaged", e))?;
+            let why = "its VMM is gone: the host restarted, or it was stopped or killed";
+            return Ok(Box::new(Vm::ended(self.place(id), config.memory_bytes, why)?));
+        };
+        if let Err(error) = vm.take_disks(Purpose::TakenBack).await {
+            // Its memory is here: an operator can let it go on later.
+            tracing::error!(%id, %error, "a VM stands still without its disks");
+            return Ok(Box::new(vm));
+        }
+        match vm.child_state() {
+            Some(ChildState::Ready | ChildState::Paused) if !paused => vm.thaw().await?,
+            Some(ChildState::Running) if paused => vm.pause().await?,
+            _ => {}
+        }
+        Ok(Box::new(vm))
+    }
+
+    async fn find_released(
+        &self,
+        id: WorkloadId,
+        name: &str,
+        paused: bool,
+    ) -> Result<Option<Box<dyn Workload>>, WorkloadError> {
+        let Some(vm) = self.find_still(id, name, paused).await? else { return Ok(None) };
+        if vm.child_state() == Some(ChildState::Running) {
+            let mut vm: Box<dyn Workload> = Box::new(vm);
+            vm.freeze().await?;
+            return Ok(Some(vm));
+        }
+        Ok(Some(Box::new(vm)))
+    }
+
+    async fn find_sealed(
+        &self,
+        id: WorkloadId,
+        name: &str,
+    ) -> Result<Option<Box<dyn Arriving>>, WorkloadError> {
+        let directory = self.place(id);
+        let Some(child) = self.adopt(&directory).await? else { return Ok(None) };
+        let holder = self.holder(id, name);
+        Ok(Some(Box::new(ArrivingVm::new(directory, Arc::new(child), holder, None)?)))
+    }
+
+    async fn sweep(&self, known: &BTreeSet<WorkloadId>) {
+        let Ok(entries) = std::fs::read_dir(&self.directory) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|n| WorkloadId::from_str(n).ok());
+            let Some(id) = id.filter(|id| !known.contains(id)) else { continue };
+            tracing::info!(%id, "clearing away a VM that this host does not own");
+            self.clear(id).await;
         }
     }
 }

@@ -74,7 +74,7 @@ pub enum NetError {
 
 impl NetError {
     /// What keeps a VM from arriving here, and what to do.
-    fn problem(&self) -> Problem {
+    pub(in crate::workload) fn problem(&self) -> Problem {
         let (code, remedy) = match self {
             Self::NoTap { tap } => (
                 "destination-tap-missing",
@@ -143,18 +143,21 @@ pub fn check(nets: &[NetConfig]) -> Result<(), WorkloadError> {
     Ok(())
 }
 
-fn is_name(name: &str) -> bool {
+/// Whether an interface may be named so: what Linux takes, in characters that are
+/// plain in every tool.
+#[must_use]
+pub fn is_name(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
     first && name.len() <= tap::NAME_MAX && name.chars().all(plain)
 }
 
 /// Of one interface, and not zero.
-fn is_address(mac: Mac) -> bool {
+pub(in crate::workload) fn is_address(mac: Mac) -> bool {
     mac[0] & 1 == 0 && mac != Mac::default()
 }
 
-fn show_mac(mac: &[u8]) -> String {
+pub(in crate::workload) fn show_mac(mac: &[u8]) -> String {
     let parts: Vec<_> = mac.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     parts.join(":")
 }
@@ -236,7 +239,7 @@ pub fn open(net: &NetConfig) -> Result<OwnedFd, NetError> {
 
 /// The address of the host's end: a bridge takes the lowest of its ports', so
 /// it is a high one, lest the bridge's own change with each VM.
-fn own_address(guest: Mac) -> Mac {
+pub(in crate::workload) fn own_address(guest: Mac) -> Mac {
     let mut mac = guest;
     mac[0] = if guest[0] == 0xfe { 0xfa } else { 0xfe };
     mac

@@ -17,7 +17,8 @@ use super::{LOG_STREAM, all_streams, chain, disks, failed, streams, told};
 use crate::pages::PageSet;
 use crate::units::PAGE_SIZE;
 use crate::workload::{
-    ChunkSource, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
+    Carry, ChunkSource, Problem, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload,
+    WorkloadError,
 };
 
 /// How long its devices may take to finish what they have begun, before a move
@@ -45,6 +46,8 @@ struct Alive {
     disks: Disks,
     /// Its devices were told to stand.
     drained: bool,
+    /// Since it was frozen, what was left of it was asked for.
+    rest_given: bool,
     /// Says why it ended if that was an operator's wish.
     stopped: watch::Sender<Option<String>>,
 }
@@ -71,8 +74,17 @@ impl Vm {
         let (stopped, wish) = watch::channel(None);
         let reboots = Reboots::follow(&child, wish);
         let state = reboots.state();
-        let (sent, drained) = (None, false);
-        let alive = Alive { child, reboots, chunks, log, sent, disks, drained, stopped };
+        let alive = Alive {
+            child,
+            reboots,
+            chunks,
+            log,
+            sent: None,
+            disks,
+            drained: false,
+            rest_given: false,
+            stopped,
+        };
         Ok(Self { directory, streams, terminal, state, paused, alive: Some(alive) })
     }
 
@@ -186,7 +198,8 @@ impl Workload for Vm {
         self.terminal.clone()
     }
 
-    async fn carry(&mut self, disks: bool) -> Result<(), WorkloadError> {
+    async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError> {
+        let Carry { disks, process: _ } = what;
         let alive = self.alive()?;
         let carried = if disks { Some(alive.disks.read().await?) } else { None };
         let streams = all_streams(alive.child.config(), disks);
@@ -203,6 +216,16 @@ impl Workload for Vm {
         }
         self.streams = streams;
         Ok(())
+    }
+
+    fn needs(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    async fn problems(&mut self) -> Result<Vec<Problem>, WorkloadError> {
+        // What a disk or a device has against it is found when it is carried or
+        // drained.
+        Ok(Vec::new())
     }
 
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
@@ -274,10 +297,24 @@ impl Workload for Vm {
     async fn freeze(&mut self) -> Result<(), WorkloadError> {
         let paused = self.paused;
         let alive = self.alive()?;
+        alive.rest_given = false;
         if paused {
             return Ok(());
         }
         alive.reboots.pause().await
+    }
+
+    async fn rest(&mut self) -> Result<Option<PageSet>, WorkloadError> {
+        if std::mem::replace(&mut self.alive()?.rest_given, true) {
+            return Ok(None);
+        }
+        self.dirty().await.map(Some)
+    }
+
+    fn saves_early(&self) -> bool {
+        // The vCPUs stand still, so its state is final, and its child is not
+        // what reads its pages.
+        true
     }
 
     async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {

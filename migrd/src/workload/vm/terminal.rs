@@ -1,23 +1,18 @@
 //! A VM's serial port and figures, as anybody may ask for them.
 
-use std::fs::File;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use async_trait::async_trait;
-use tokio::sync::watch;
 
 use super::child::{Child, SERIAL_LOG};
-use super::serial_log::Reader;
-use super::{failed, told};
+use super::told;
+use crate::workload::logged::Logged;
 use crate::workload::{Footprint, Output, Terminal, WorkloadError};
 
 /// The serial port of one VM, alive or not.
 pub(super) struct SerialPort {
-    /// `None` for a log that cannot be read.
-    reader: Option<Mutex<Reader>>,
-    /// Changes with every write to the log; closed when the child is gone.
-    written: watch::Receiver<u64>,
+    log: Logged,
     /// The terminal must not keep a child's memory when its VM was dropped.
     child: Weak<Child>,
 }
@@ -26,65 +21,34 @@ impl SerialPort {
     /// Of a VM whose child lives.
     pub(super) fn open(child: &Arc<Child>) -> Result<Self, WorkloadError> {
         let log = child.log();
-        let file = File::open(&log.path).map_err(failed("open the serial log"))?;
-        let reader = Reader::open(file).map_err(failed("read the serial log"))?;
-        let child = Arc::downgrade(child);
-        Ok(Self { reader: Some(Mutex::new(reader)), written: log.written, child })
+        let log = Logged::open(&log.path, log.written)?;
+        Ok(Self { log, child: Arc::downgrade(child) })
     }
 
     /// Of a VM whose child is gone: what it left behind.
     pub(super) fn left_behind(directory: &Path) -> Result<Self, WorkloadError> {
-        let file = File::open(directory.join(SERIAL_LOG)).map_err(failed("open the serial log"))?;
-        let reader = Reader::open(file).map_err(failed("read the serial log"))?;
-        let (_, written) = watch::channel(0);
-        Ok(Self { reader: Some(Mutex::new(reader)), written, child: Weak::new() })
+        let log = Logged::left_behind(&directory.join(SERIAL_LOG))?;
+        Ok(Self { log, child: Weak::new() })
     }
 
     /// Of a VM whose log cannot be read.
     pub(super) fn silent() -> Self {
-        let (_, written) = watch::channel(0);
-        Self { reader: None, written, child: Weak::new() }
-    }
-
-    fn output_so_far(&self) -> u64 {
-        let Some(reader) = &self.reader else { return 0 };
-        reader.lock().unwrap_or_else(PoisonError::into_inner).output().unwrap_or(0)
+        Self { log: Logged::silent(), child: Weak::new() }
     }
 }
 
 #[async_trait]
 impl Terminal for SerialPort {
     fn read(&self, from: u64, max: usize) -> Result<Vec<Output>, WorkloadError> {
-        let Some(reader) = &self.reader else { return Ok(Vec::new()) };
-        let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
-        let entries = reader.read_output(from, max).map_err(failed("read the serial log"))?;
-        Ok(entries
-            .into_iter()
-            .filter(|entry| !entry.data.is_empty())
-            .map(|entry| Output {
-                offset: entry.offset,
-                data: entry.data,
-                line_unix_ns: i64::try_from(entry.line_unix_ns).unwrap_or(i64::MAX),
-                starts_line: entry.starts_line,
-            })
-            .collect())
+        self.log.read(from, max)
     }
 
     fn end(&self) -> u64 {
-        self.output_so_far()
+        self.log.end()
     }
 
     async fn more_than(&self, seen: u64) {
-        let mut written = self.written.clone();
-        loop {
-            written.mark_unchanged();
-            if self.output_so_far() > seen {
-                return;
-            }
-            if written.changed().await.is_err() {
-                return std::future::pending().await;
-            }
-        }
+        self.log.more_than(seen).await;
     }
 
     async fn input(&self, bytes: &[u8]) -> Result<(), WorkloadError> {
@@ -99,13 +63,14 @@ impl Terminal for SerialPort {
     }
 
     async fn footprint(&self) -> Result<Footprint, WorkloadError> {
-        let log_bytes = self.output_so_far();
+        let log_bytes = self.log.end();
         let Some(child) = self.child.upgrade() else {
             return Ok(Footprint { log_bytes, ..Footprint::default() });
         };
         let stats = child.stats().await.map_err(told("ask its VMM"))?;
         Ok(Footprint {
             pid: child.pid(),
+            processes: 0,
             populated_bytes: child.mapping().populated_bytes(),
             overhead_bytes: overhead(child.pid()),
             log_bytes,

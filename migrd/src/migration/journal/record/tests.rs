@@ -252,6 +252,17 @@ fn a_damaged_record_is_reported_and_never_taken_for_another() {
 }
 
 #[test]
+fn a_kind_is_written_by_its_name_so_that_records_of_earlier_versions_are_read() {
+    let journal = in_memory();
+    let whole = journal.record(&identity(), &Event::Created).expect("created");
+    let text = serde_json::to_string(&whole).expect("encodes");
+    assert!(text.contains(r#""kind":"vm""#), "{text}");
+    put_raw(&journal, text.replace(r#""kind":"vm""#, r#""kind":"process""#).as_bytes());
+    let read = journal.get(identity().id).expect("a record").expect("it is there");
+    assert_eq!(read.identity, Identity { kind: Kind::Process, ..identity() });
+}
+
+#[test]
 fn a_journal_of_a_newer_version_is_left_alone() {
     let memory = Arc::new(InMemoryBackend::new());
     let shared = storage::Shared(memory);

@@ -11,7 +11,7 @@ use crate::migration::recovery::{Duty, duty};
 use crate::migration::source::{self, Context, End, FixedCost, Request};
 use crate::units::{Epoch, HostId, MigrationId, PAGE_SIZE, WorkloadId};
 use crate::workload::fake::{Census, FakeWorkload, Guest, STREAM};
-use crate::workload::{Kind, Manifest, StreamSpec};
+use crate::workload::{Kind, Manifest, ProcessOptions, StreamSpec};
 use host::{SINKS, TestHost};
 use link::Link;
 pub use link::{Call, Fault};
@@ -228,7 +228,8 @@ impl World {
 /// What most tests ask for.
 pub fn request(mode: Mode) -> Request {
     let max_downtime = Duration::from_millis(50);
-    Request { mode, max_downtime, timeout: None, verify: true, copy_disks: false }
+    let process = ProcessOptions::default();
+    Request { mode, max_downtime, timeout: None, verify: true, copy_disks: false, process }
 }
 
 impl World {
@@ -264,6 +265,7 @@ impl World {
             cpus: identity.cpus,
             paused: false,
             created_unix_ms: identity.created_unix_ms,
+            needs: Vec::new(),
         };
         let offer = Offer { migration, epoch: Epoch(epoch), manifest, lanes: 2, dry_run: true };
         let from = Counterpart { migration, address: "a".into(), host: self.host("a").id };

@@ -1,22 +1,21 @@
 //! The connection to a child: its greeting, its end, and what it shares.
 
-use std::fs::File;
-use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use migr_proto::v1::{self as proto, child_reply, child_request};
-use tokio::io::{AsyncReadExt, Interest};
+use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::{Child, ChildError, ChildState, Device, SERIAL_LOG, VMM_LOG, system};
-use crate::sys::fds;
 use crate::sys::mapping::GuestMapping;
 use crate::sys::process::PidFd;
 use crate::vmm::control::{FAILED, READY};
 use crate::vmm::memory;
+use crate::workload::outliving::{ended, greeting, last_words, watch_bell};
 use crate::workload::vm::link::Link;
 
 /// The serial log of a VM: its file, and when to look again.
@@ -47,7 +46,9 @@ impl Child {
         directory: &Path,
         pid: u32,
     ) -> Result<Parts, ChildError> {
-        let died = || ChildError::Dead(format!("process {pid} ended{}", last_words(directory)));
+        let died = || {
+            ChildError::Dead(format!("process {pid} ended{}", last_words(&directory.join(VMM_LOG))))
+        };
         let broken = |_: io::Error| died();
         let (first, shared) = greeting(&socket).await.map_err(broken)?;
         let (mut read, write) = socket.into_split();
@@ -89,7 +90,10 @@ impl Child {
         tokio::spawn(async move {
             let status = ended(&watched).await;
             let how = status.map_or_else(String::new, |s| format!(" ({s})"));
-            told.close(&format!("process {pid} ended{how}{}", last_words(&directory)));
+            told.close(&format!(
+                "process {pid} ended{how}{}",
+                last_words(&directory.join(VMM_LOG))
+            ));
             end.send_replace(true);
         });
         let (told, mut left) = (Arc::clone(&link), over.clone());
@@ -105,20 +109,6 @@ impl Child {
     }
 }
 
-/// The child's first byte and what came beside it; no byte when it is gone.
-async fn greeting(socket: &UnixStream) -> io::Result<(Option<u8>, Vec<OwnedFd>)> {
-    loop {
-        socket.readable().await?;
-        let mut first = [0];
-        let read = || fds::receive(socket.as_fd(), &mut first);
-        match socket.try_io(Interest::READABLE, read) {
-            Ok((length, shared)) => return Ok(((length > 0).then_some(first[0]), shared)),
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
-            Err(e) => return Err(e),
-        }
-    }
-}
-
 /// Why a child could not start, in its own words.
 async fn reason(socket: &mut tokio::net::unix::OwnedReadHalf) -> String {
     use proto::child_message::Message::CannotStart;
@@ -128,41 +118,4 @@ async fn reason(socket: &mut tokio::net::unix::OwnedReadHalf) -> String {
         Ok(Some(proto::ChildMessage { message: Some(CannotStart(why)) })) => why,
         _ => format!("it could not start, and did not say why ({read:?})"),
     }
-}
-
-/// The last line the child wrote, for an error message.
-fn last_words(directory: &Path) -> String {
-    let text = std::fs::read(directory.join(VMM_LOG)).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    text.lines().last().map_or_else(String::new, |line| format!("; its last words: {line}"))
-}
-
-/// Waits for the end of the process and leaves no zombie of it.
-pub(super) async fn ended(process: &PidFd) -> Option<std::process::ExitStatus> {
-    if let Ok(readable) = process.watch().and_then(fds::readable) {
-        let _ = readable.readable().await;
-    }
-    process.reap()
-}
-
-/// Counts how often the bell was rung, from now on.
-fn watch_bell(bell: OwnedFd) -> io::Result<watch::Receiver<u64>> {
-    let rung = fds::readable(bell.try_clone()?)?;
-    let mut bell = File::from(bell);
-    let (written, watched) = watch::channel(0_u64);
-    tokio::spawn(async move {
-        while let Ok(mut ready) = tokio::select! {
-            ready = rung.readable() => ready,
-            () = written.closed() => return,
-        } {
-            use std::io::Read;
-            let mut count = [0; 8];
-            let read = bell.read(&mut count);
-            ready.clear_ready();
-            if read.is_ok() {
-                written.send_modify(|n| *n = n.wrapping_add(u64::from_ne_bytes(count)));
-            }
-        }
-    });
-    Ok(watched)
 }

@@ -25,7 +25,7 @@ use crate::vmm::{memory, pages};
 
 pub use attach::SerialOutput;
 pub use devices::{Backing, Device};
-pub use spawn::{ChildSpec, open_kvm, own_program};
+pub use spawn::{ChildSpec, open_kvm};
 pub use state::{ChildState, StopReason};
 
 /// Name of the control socket in the VM's directory.
@@ -111,7 +111,7 @@ impl Child {
             Err(e) => {
                 // What could not even start is not worth keeping.
                 let _ = process.kill();
-                attach::ended(&process).await;
+                crate::workload::outliving::ended(&process).await;
                 Err(e)
             }
         }

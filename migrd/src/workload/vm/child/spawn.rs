@@ -1,18 +1,14 @@
 //! The start of a child: its files, its descriptors, its process.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use migr_proto::v1 as proto;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
-};
-use prost::Message;
 
 use super::{ChildError, SERIAL_LOG, SOCKET, VMM_LOG, system};
 use crate::sys::memfd;
@@ -20,6 +16,7 @@ use crate::sys::process::isolate;
 use crate::units::WorkloadId;
 use crate::vmm::entry::number;
 use crate::vmm::memory;
+use crate::workload::outliving::{config_file, control_socket};
 
 /// What a child is made of.
 #[derive(Debug)]
@@ -35,14 +32,8 @@ pub struct ChildSpec {
     /// The initrd that goes with the kernel.
     pub initrd: Option<File>,
     /// The binary that has the `vmm-child` command: the daemon's own, which
-    /// [`own_program`] names.
+    /// [`own_program`](crate::workload::outliving::own_program) names.
     pub program: PathBuf,
-}
-
-/// The running binary, even if its file was replaced since.
-#[must_use]
-pub fn own_program() -> PathBuf {
-    PathBuf::from("/proc/self/exe")
 }
 
 /// Opens `/dev/kvm`.
@@ -95,24 +86,4 @@ pub(super) fn start(spec: ChildSpec) -> Result<std::process::Child, ChildError> 
     command.stderr(messages).current_dir("/");
     isolate(&mut command, inherited);
     command.spawn().map_err(system("start the VM's process"))
-}
-
-/// A listening socket at `path`, in place of the one of a child that is dead.
-fn control_socket(path: &Path) -> io::Result<OwnedFd> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &UnixAddr::new(path)?)?;
-    listen(&fd, Backlog::new(16)?)?;
-    Ok(fd)
-}
-
-fn config_file(config: &proto::VmConfig) -> io::Result<OwnedFd> {
-    use std::os::unix::fs::FileExt;
-    let bytes = config.encode_to_vec();
-    let file = memfd::create(c"migr-config", bytes.len() as u64)?;
-    file.write_all_at(&bytes, 0)?;
-    Ok(file.into())
 }

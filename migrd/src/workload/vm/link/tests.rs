@@ -1,7 +1,11 @@
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::watch;
 
 use super::*;
+use crate::sys::fds;
 
 fn pair() -> (OwnedReadHalf, OwnedWriteHalf, std::os::unix::net::UnixStream) {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -56,7 +60,7 @@ async fn descriptors_come_with_the_request_they_were_given_for_and_in_order() {
     let held: Vec<_> = beside.into_iter().map(contents).collect();
     assert_eq!(held, ["one", "two"]);
     link.close("the test is over");
-    assert!(matches!(asking.await.unwrap(), Err(ChildError::Dead(_))));
+    assert!(matches!(asking.await.unwrap(), Err(LinkError::Dead(_))));
 }
 
 #[tokio::test]

@@ -1,0 +1,380 @@
+//! CRIU at work on a tree, and held at the moment where the next word decides which
+//! copy of the tree runs.
+//!
+//! CRIU asks at fixed points whether to go on ("notify scripts" of its RPC). After a
+//! dump it asks while every process is still in its hand: *no* lets them run on, *yes*
+//! kills them. At a restore it asks when every process is complete and none has run:
+//! *no* drops them, *yes* lets them run. A thread of its own waits there for the word.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use migr_proto::v1 as proto;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+
+use super::cgroup::{self, Cgroup};
+use super::connections;
+use super::criu::rpc::{CgroupMode, InheritFd, NetworkLock, Options, Request, Response};
+use super::criu::session::inherited;
+use super::criu::{CriuError, Event, Failure, Launch, Log, Session};
+use super::{mounts, timers};
+
+/// Name of CRIU's log among the images.
+pub const DUMP_LOG: &str = "dump.log";
+/// Name of its log of a restore.
+pub const RESTORE_LOG: &str = "restore.log";
+/// What the network namespace of a tree is called between a dump and a restore.
+const NETWORK_KEY: &str = "migr-network";
+/// CRIU's log level: what failed, and the steps before it.
+const LOG_LEVEL: i32 = 4;
+/// How long CRIU may take to have every process of a tree in its hand.
+const SEIZE_LIMIT: Duration = Duration::from_secs(20);
+/// Where CRIU asks after a dump.
+const DUMPED: &str = "post-dump";
+/// Where it asks at a restore, when everything is complete.
+const RESTORED: &str = "post-restore";
+/// Where it asks at a restore right before the processes go.
+const RESUMING: &str = "pre-resume";
+
+/// What came of it.
+#[derive(Debug)]
+pub enum News {
+    /// Everything is written; the tree is held.
+    Dumped,
+    /// The dump has failed; the tree is where it was before, and may go on.
+    DumpFailed(Failure),
+    /// The word was spoken, and CRIU has done what it says.
+    DumpOver,
+    /// The tree is complete, and held; the process id of its init.
+    Restored(u32),
+    /// It could not be made; nothing of it is left.
+    RestoreFailed(Failure),
+    /// It runs, or is gone, as the word was.
+    RestoreOver(Result<(), Failure>),
+}
+
+/// The word that a thread waits for.
+#[derive(Debug)]
+pub struct Hold {
+    word: Sender<bool>,
+}
+
+impl Hold {
+    /// Speaks it; only the first counts.
+    pub fn say(&self, go_on: bool) {
+        // A thread that is gone has had bad news, which it has told.
+        let _ = self.word.send(go_on);
+    }
+}
+
+/// What both ways have in common.
+#[derive(Debug)]
+pub struct Work {
+    /// CRIU.
+    pub criu: PathBuf,
+    /// Directory of the images.
+    pub images: OwnedFd,
+    /// The cgroup of the tree.
+    pub cgroup: PathBuf,
+    /// What the user lets CRIU do.
+    pub options: proto::ProcessOptions,
+    /// The network namespace of the tree, if it has one.
+    pub network: Option<OwnedFd>,
+    /// Mount points that CRIU does not look into.
+    pub mounts: Vec<String>,
+}
+
+impl Work {
+    fn options(&self, log: &str) -> Options {
+        use std::os::fd::AsRawFd;
+        let proto::ProcessOptions { file_locks, link_remap, ghost_limit_bytes, drop_connections } =
+            self.options;
+        let ghost = u32::try_from(ghost_limit_bytes).unwrap_or(u32::MAX);
+        Options {
+            images_dir_fd: self.images.as_raw_fd(),
+            log_level: Some(LOG_LEVEL),
+            log_file: Some(log.to_owned()),
+            notify_scripts: Some(true),
+            manage_cgroups_mode: Some(CgroupMode::Ignore.into()),
+            // The tree's network is cut off by its namespace, from outside.
+            network_lock: Some(NetworkLock::Skip.into()),
+            tcp_established: Some(!drop_connections),
+            tcp_close: Some(drop_connections),
+            file_locks: Some(file_locks),
+            link_remap: Some(link_remap),
+            ghost_limit: (ghost > 0).then_some(ghost),
+            ext_sharing: Some(true),
+            ext_masters: Some(true),
+            ..Options::default()
+        }
+    }
+
+    /// What CRIU's answer and its log say of a failure.
+    fn failure(&self, log: &str, ended: Ended) -> Failure {
+        match ended {
+            Ended::Failed(response) => Failure::explain(&response, &self.log(log)),
+            Ended::Broken(error) => system_failure(&error),
+            Ended::Refused => system_failure(&"it was told not to go on"),
+        }
+    }
+
+    fn log(&self, name: &str) -> Log {
+        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+        let opened = openat(&self.images, name, flags, Mode::empty());
+        let read = opened.map_err(io::Error::from).and_then(|fd| Log::read(File::from(fd)));
+        read.unwrap_or_default()
+    }
+}
+
+/// What a mount is called between a dump and a restore.
+fn mount_key(index: usize) -> String {
+    format!("migr-mount-{index}")
+}
+
+/// A failure that is not CRIU's.
+fn system_failure(error: &impl std::fmt::Display) -> Failure {
+    let remedy = "see what the keeper's log has to say";
+    Failure { code: "system", message: error.to_string(), remedy }
+}
+
+/// Has CRIU write the tree of `pid`, all of whose processes stand still by their
+/// cgroup, and holds it.
+pub fn dump(work: Work, pid: u32, tell: impl Fn(News) + Send + 'static) -> io::Result<Hold> {
+    let (word, heard) = channel();
+    std::thread::Builder::new().name("dump".into()).spawn(move || {
+        match dump_held(&work, pid, &heard, &tell) {
+            Ok(()) => tell(News::DumpOver),
+            Err(failure) => tell(News::DumpFailed(failure)),
+        }
+    })?;
+    Ok(Hold { word })
+}
+
+fn dump_held(
+    work: &Work,
+    pid: u32,
+    heard: &Receiver<bool>,
+    tell: &impl Fn(News),
+) -> Result<(), Failure> {
+    let cgroup = Cgroup::at(&work.cgroup);
+    let mut options = work.options(DUMP_LOG);
+    options.pid = i32::try_from(pid).ok();
+    let named = work.mounts.iter().enumerate();
+    options.external =
+        named.map(|(index, path)| format!("mnt[{path}]:{}", mount_key(index))).collect();
+    if let Some(network) = &work.network {
+        let inode = inode(network).map_err(|e| system_failure(&e))?;
+        options.external.push(format!("net[{inode}]:{NETWORK_KEY}"));
+    }
+    let started = Session::start(Launch::plain(&work.criu));
+    let mut session = started.map_err(|e| system_failure(&e))?;
+    session.request(&Request::dump(options)).map_err(|e| system_failure(&e))?;
+    let criu = session.pid();
+    let held = std::thread::scope(|scope| {
+        // CRIU makes the processes work for it, which those of a frozen cgroup can't. It
+        // has to hold every one of them before they are let go by the cgroup.
+        let seized = scope.spawn(|| thaw_when_seized(&cgroup, criu));
+        let held = drive(&mut session, |script, _| {
+            if script != DUMPED {
+                return true;
+            }
+            // Should CRIU die, the processes stand still all the same.
+            if cgroup.set_frozen(true).is_err() {
+                return false;
+            }
+            tell(News::Dumped);
+            heard.recv().unwrap_or(false)
+        });
+        // It ends when CRIU does, at the latest.
+        drop(session);
+        let _ = seized.join();
+        held
+    });
+    if held.is_err() {
+        match connections::release(&cgroup) {
+            Ok(0) => {}
+            Ok(count) => eprintln!("CRIU had left {count} TCP connections silent"),
+            Err(error) => eprintln!("TCP connections may stay silent: {error}"),
+        }
+    }
+    match held {
+        // A dump that was not to be "fails".
+        Ok(()) | Err(Ended::Refused) => Ok(()),
+        Err(ended) => Err(work.failure(DUMP_LOG, ended)),
+    }
+}
+
+/// How CRIU's work ended, if not well.
+enum Ended {
+    /// By our own word.
+    Refused,
+    /// It says that it failed.
+    Failed(Response),
+    /// It is gone, or says what it may not.
+    Broken(CriuError),
+}
+
+/// Answers CRIU's questions until it is done. `answer` gets the step and the process
+/// that it is about, the root of the tree.
+fn drive(session: &mut Session, mut answer: impl FnMut(&str, u32) -> bool) -> Result<(), Ended> {
+    let (mut refused, mut root) = (false, 0);
+    loop {
+        match session.next() {
+            Ok(Event::Notify { script, pid }) => {
+                let pid = pid.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
+                root = pid.unwrap_or(root);
+                let go_on = answer(&script, root);
+                refused |= !go_on;
+                session.answer(go_on).map_err(Ended::Broken)?;
+            }
+            Ok(Event::Done(_)) | Err(_) if refused => return Err(Ended::Refused),
+            Ok(Event::Done(response)) if response.success => return Ok(()),
+            Ok(Event::Done(response)) => return Err(Ended::Failed(response)),
+            Err(error) => return Err(Ended::Broken(error)),
+        }
+    }
+}
+
+/// Thaws the cgroup as soon as CRIU has every process, and after some time in every
+/// case: it fails then, and says why.
+fn thaw_when_seized(cgroup: &Cgroup, criu: u32) {
+    let started = Instant::now();
+    loop {
+        let all = cgroup.threads().unwrap_or_default();
+        let seized = !all.is_empty() && all.iter().all(|thread| tracer(*thread) == Some(criu));
+        let over = !Path::new(&format!("/proc/{criu}")).exists();
+        if seized || over || started.elapsed() > SEIZE_LIMIT {
+            let _ = cgroup.set_frozen(false);
+            return;
+        }
+        std::thread::sleep(Duration::from_micros(500));
+    }
+}
+
+/// Which process traces a thread.
+fn tracer(thread: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().parse().ok()
+}
+
+fn inode(fd: &OwnedFd) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Ok(std::fs::File::from(fd.try_clone()?).metadata()?.ino())
+}
+
+/// Where a tree is made.
+#[derive(Debug)]
+pub struct Place {
+    /// A mount point that has `/` below it.
+    pub root: PathBuf,
+    /// Standard input, and output and error, of the tree.
+    pub stdin: OwnedFd,
+    /// Standard output and error.
+    pub stdout: OwnedFd,
+    /// How the dump named them.
+    pub stdio: Vec<proto::ProcessStdio>,
+    /// It is to stand still after its first word.
+    pub paused: Arc<AtomicBool>,
+}
+
+/// Has CRIU make a tree from images, and holds it.
+///
+/// # Errors
+/// When there is no room for a thread.
+pub fn restore(work: Work, place: Place, tell: impl Fn(News) + Send + 'static) -> io::Result<Hold> {
+    let (word, heard) = channel();
+    std::thread::Builder::new().name("restore".into()).spawn(move || {
+        restore_held(&work, &place, &heard, &tell);
+    })?;
+    Ok(Hold { word })
+}
+
+fn restore_held(work: &Work, place: &Place, heard: &Receiver<bool>, tell: &impl Fn(News)) {
+    let mut complete = false;
+    let result = restore_to_the_word(work, place, |init| {
+        complete = true;
+        tell(News::Restored(init));
+        heard.recv().unwrap_or(false)
+    });
+    match result {
+        Err(failure) if !complete => tell(News::RestoreFailed(failure)),
+        other => tell(News::RestoreOver(other)),
+    }
+}
+
+fn restore_to_the_word(
+    work: &Work,
+    place: &Place,
+    mut word: impl FnMut(u32) -> bool,
+) -> Result<(), Failure> {
+    let system = |error: io::Error| system_failure(&error);
+    let cgroup = Cgroup::at(&work.cgroup);
+    let mut options = work.options(RESTORE_LOG);
+    options.rst_sibling = Some(true);
+    options.auto_dedup = Some(true);
+    options.root = Some(place.root.display().to_string());
+    let named = work.mounts.iter().enumerate();
+    options.external =
+        named.map(|(index, path)| format!("mnt[{}]:{path}", mount_key(index))).collect();
+    let mut handed = BTreeMap::new();
+    for end in &place.stdio {
+        let fd = if end.fd == 0 { &place.stdin } else { &place.stdout };
+        handed.insert(end.pipe.clone(), fd.as_fd());
+    }
+    if let Some(network) = &work.network {
+        handed.insert(NETWORK_KEY.to_owned(), network.as_fd());
+    }
+    let fds: Vec<_> = handed.values().copied().collect();
+    let keys = handed.into_keys().enumerate();
+    options.inherit_fd = keys.map(|(index, key)| InheritFd { key, fd: inherited(index) }).collect();
+    // What CRIU makes stays in the cgroup that CRIU is in.
+    let procs = OpenOptions::new().write(true).open(cgroup.processes_file()).map_err(system)?;
+    let launch = Launch { criu: &work.criu, inherited: &fds, cgroup_procs: Some(procs.as_fd()) };
+    let mut session = Session::start(launch).map_err(|e| system_failure(&e))?;
+    session.request(&Request::restore(options)).map_err(|e| system_failure(&e))?;
+    let criu = session.pid();
+    let (mut wanted, mut stuck) = (false, None);
+    let done = drive(&mut session, |script, init| match script {
+        RESTORED => {
+            let started = cgroup.processes().and_then(|all| timers::start_again(&all));
+            if let Err(error) = started {
+                eprintln!("timers of its processes may stand still: {error}");
+            }
+            // CRIU is in the cgroup, too, and has to go on when that is frozen.
+            match cgroup::take_in(criu) {
+                Ok(()) => wanted = word(init),
+                Err(error) => stuck = Some(error),
+            }
+            wanted
+        }
+        // Should CRIU fail from here on, nothing has run yet: whoever hears of the
+        // failure may run another copy.
+        RESUMING => cgroup.set_frozen(true).is_ok(),
+        _ => true,
+    });
+    if let Some(error) = stuck {
+        return Err(system(error));
+    }
+    match done {
+        Ok(()) if !place.paused.load(Ordering::SeqCst) => cgroup.set_frozen(false).map_err(system),
+        Ok(()) => Ok(()),
+        Err(Ended::Refused) if !wanted => Ok(()),
+        Err(ended) => Err(work.failure(RESTORE_LOG, ended)),
+    }
+}
+
+/// The mounts of a tree that CRIU does not look into.
+///
+/// # Errors
+/// When its init is gone.
+pub fn external_mounts(init: u32) -> io::Result<Vec<String>> {
+    Ok(mounts::external(&mounts::of(&init.to_string())?))
+}

@@ -1,0 +1,168 @@
+//! A process tree that is on its way to this host.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use migr_proto::v1::keeper_request::Request;
+use migr_proto::v1::{self as proto, KeeperPhase};
+use prost::Message;
+
+use super::images::Images;
+use super::keeper::{Keeper, OUTPUT_LOG};
+use super::net::{self, Network};
+use super::running::{STATE_VERSION, Tree, TreeStreams, put_away, remove};
+use super::{LOG_STREAM, failed, log_spec, told};
+use crate::serial_log::LogStream;
+use crate::units::WorkloadId;
+use crate::workload::{
+    Arriving, ChunkSink, OutOfStream, StreamHash, StreamKey, StreamSpec, Workload, WorkloadError,
+};
+
+/// A tree with no processes yet, or a complete one that does not run yet.
+pub(super) struct ArrivingTree {
+    pub(super) id: WorkloadId,
+    pub(super) directory: PathBuf,
+    pub(super) cgroup: PathBuf,
+    pub(super) keeper: Arc<Keeper>,
+    pub(super) network: Option<Network>,
+    streams: Vec<StreamSpec>,
+    chunks: Arc<Landing>,
+    /// After a start: made then, since what comes after can't fail any more.
+    tree: Option<Tree>,
+}
+
+/// Takes what arrives.
+struct Landing(TreeStreams);
+
+impl ChunkSink for Landing {
+    fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream> {
+        match key {
+            LOG_STREAM => self.0.log().write(key, offset, bytes),
+            _ => self.0.images().write(key, offset, bytes),
+        }
+    }
+
+    fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {
+        match key {
+            LOG_STREAM => self.0.log().zero(key, offset, length),
+            _ => self.0.images().zero(key, offset, length),
+        }
+    }
+}
+
+/// What an arriving tree is made of.
+pub(super) struct Parts {
+    pub(super) id: WorkloadId,
+    pub(super) directory: PathBuf,
+    pub(super) cgroup: PathBuf,
+    pub(super) keeper: Arc<Keeper>,
+    pub(super) network: Option<Network>,
+    /// Its streams, the log's left out.
+    pub(super) images: Vec<StreamSpec>,
+}
+
+impl ArrivingTree {
+    pub(super) fn new(parts: Parts) -> Result<Self, WorkloadError> {
+        let Parts { id, directory, cgroup, keeper, network, images } = parts;
+        let mut options = std::fs::OpenOptions::new();
+        let log = options.read(true).write(true).open(directory.join(OUTPUT_LOG));
+        let log = LogStream::new(log.map_err(failed("open its log"))?, LOG_STREAM);
+        let count = u32::try_from(images.len()).unwrap_or(u32::MAX);
+        let length = images.first().map_or(0, |spec| spec.length);
+        let chunks = Arc::new(Landing(TreeStreams::new(log, Images::new(count, length)?)));
+        let streams = [vec![log_spec()], images].concat();
+        Ok(Self { id, directory, cgroup, keeper, network, streams, chunks, tree: None })
+    }
+
+    fn make(&mut self, paused: bool) -> Result<Tree, WorkloadError> {
+        let network = self.network.take();
+        Tree::new(self.directory.clone(), self.cgroup.clone(), self.keeper.clone(), network, paused)
+    }
+}
+
+#[async_trait]
+impl Arriving for ArrivingTree {
+    fn chunks(&self) -> Arc<dyn ChunkSink> {
+        self.chunks.clone()
+    }
+
+    async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {
+        let state = proto::ProcessState::decode(state)
+            .map_err(|e| WorkloadError::caused("the state of the processes is damaged", e))?;
+        if state.version != STATE_VERSION {
+            return Err(WorkloadError::new(format!(
+                "the processes were written in version {}, and this migrd reads version \
+                 {STATE_VERSION}: bring both to the same",
+                state.version
+            )));
+        }
+        let chunks = self.chunks.clone();
+        let images = state.images.clone();
+        let arranged = tokio::task::spawn_blocking(move || chunks.0.images().arrange(&images));
+        arranged.await.map_err(|e| WorkloadError::caused("arranging its images failed", e))??;
+        let options = state.options;
+        let restore = proto::KeeperRestore {
+            state: Some(proto::ProcessState { images: Vec::new(), ..state }),
+            options,
+        };
+        let directory = self.chunks.0.images().directory()?;
+        let restored = self.keeper.done_with(Request::Restore(restore), vec![directory]).await;
+        restored.map_err(|error| WorkloadError::new(error.to_string()))
+    }
+
+    async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
+        let (chunks, streams) = (self.chunks.clone(), self.streams.clone());
+        let hashed = tokio::task::spawn_blocking(move || chunks.0.hash(&streams)).await;
+        hashed.unwrap_or_else(|e| Err(WorkloadError::caused("hashing its images failed", e)))
+    }
+
+    async fn start(&mut self, paused: bool) -> Result<(), WorkloadError> {
+        // Until it runs here for good its kernel must acknowledge nothing: the source,
+        // should it go on instead, would never see what was acknowledged.
+        if let Some(network) = &self.network {
+            network.ready().await?;
+        }
+        match self.keeper.phase() {
+            // A keeper that did it before the daemon that asked went away.
+            KeeperPhase::Running | KeeperPhase::Paused => {}
+            _ => {
+                let release = proto::KeeperRelease { paused };
+                let released = self.keeper.done(Request::Release(release)).await;
+                released.map_err(told("let it run"))?;
+            }
+        }
+        if let Some(network) = &self.network {
+            // It runs, and runs nowhere else: without a network it is better off than
+            // killed.
+            match network.join().await {
+                Ok(()) => network.announce_aside(),
+                Err(error) => {
+                    tracing::error!(id = %self.id, %error, "a process tree has no network");
+                }
+            }
+        }
+        if self.tree.is_none() {
+            self.tree = Some(self.make(paused)?);
+        }
+        Ok(())
+    }
+
+    fn arrived(self: Box<Self>) -> Box<dyn Workload> {
+        let mut arriving = *self;
+        // `start` has made it; a caller that did not start it gets a dead one.
+        let made = arriving.tree.take().map_or_else(|| arriving.make(true), Ok);
+        Box::new(made.unwrap_or_else(|error| {
+            tracing::error!(%error, "a process tree that arrived cannot be held");
+            Tree::ended(arriving.directory, arriving.cgroup, &error.to_string())
+        }))
+    }
+
+    async fn discard(self: Box<Self>) {
+        put_away(&self.keeper, &self.cgroup).await;
+        if let Err(error) = net::remove(self.id).await {
+            tracing::warn!(id = %self.id, %error, "the network of a process tree stays behind");
+        }
+        remove(&self.directory);
+    }
+}

@@ -1,0 +1,382 @@
+//! Makes process trees, and finds those again that an earlier daemon has made.
+//!
+//! Each tree has a directory of its own, named by the workload's id, and a cgroup
+//! named by host and workload: two daemons of one machine may hold copies of the
+//! same tree.
+
+use std::collections::BTreeSet;
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use migr_proto::v1::{KeeperPhase, ProcessConfig, ProcessNeeds};
+use prost::Message;
+
+use super::arriving::{ArrivingTree, Parts};
+use super::images::FIRST_STREAM;
+use super::keeper::{Keeper, KeeperError, KeeperSpec};
+use super::net::{self, Network};
+use super::preflight::files;
+use super::running::{Tree, clear_cgroup, put_away, remove};
+use super::{LOG_STREAM, MAX_IMAGE_STREAMS, Starts, log_spec, told};
+use crate::keeper::cgroup;
+use crate::keeper::criu::Criu;
+use crate::registry::HostMemory;
+use crate::units::WorkloadId;
+use crate::workload::link::LinkError;
+use crate::workload::vm::Site;
+use crate::workload::{Arriving, Engine, Manifest, Problem, Recovers, Workload, WorkloadError};
+
+/// The version of a [`ProcessConfig`] that this migrd writes.
+const CONFIG_VERSION: u32 = 1;
+/// The mode of directories: whoever connects to a tree's control socket owns the
+/// tree, and its log is for nobody else to read.
+const PRIVATE: u32 = 0o700;
+/// How long, and how often, a keeper that does not answer is given to be gone.
+const DYING_PAUSE: Duration = Duration::from_millis(50);
+const DYING_TRIES: u32 = 60;
+
+/// Makes process trees in the state directory.
+#[derive(Clone)]
+pub struct ProcessEngine {
+    directory: PathBuf,
+    site: Site,
+    /// The CRIU that works here, or why none does.
+    criu: Arc<Result<Criu, String>>,
+}
+
+impl ProcessEngine {
+    /// Trees live below `directory`, which is made.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn new(
+        directory: PathBuf,
+        site: Site,
+        criu: Result<Criu, String>,
+    ) -> std::io::Result<Self> {
+        DirBuilder::new().recursive(true).mode(PRIVATE).create(&directory)?;
+        Ok(Self { directory, site, criu: Arc::new(criu) })
+    }
+
+    fn place(&self, id: WorkloadId) -> PathBuf {
+        self.directory.join(id.to_string())
+    }
+
+    /// The cgroup of a workload on this host.
+    fn cgroup(&self, id: WorkloadId) -> Result<PathBuf, WorkloadError> {
+        let root = cgroup::root().map_err(|e| WorkloadError::new(e.to_string()))?;
+        let host = self.site.host.to_string();
+        let host = host.get(..8).unwrap_or(&host);
+        Ok(root.join(format!("migr-{host}-{id}")))
+    }
+
+    fn working(&self) -> Result<&Criu, WorkloadError> {
+        self.criu.as_ref().as_ref().map_err(WorkloadError::new)
+    }
+
+    /// A keeper with no processes yet, in a network of its own if it is to have
+    /// one, which is cut off.
+    async fn keep(
+        &self,
+        id: WorkloadId,
+        config: &ProcessConfig,
+    ) -> Result<(Arc<Keeper>, Option<Network>, PathBuf), WorkloadError> {
+        check(config)?;
+        let criu = self.working()?.path.clone();
+        let cgroup = self.cgroup(id)?;
+        let directory = self.place(id);
+        let made = DirBuilder::new().mode(PRIVATE).create(&directory);
+        made.map_err(super::failed("make its directory"))?;
+        let network = match &config.net {
+            Some(net) => Network::make(id, net).await.map(Some),
+            None => Ok(None),
+        };
+        // What is in the way may be the network of the same tree, of another daemon in
+        // this network namespace: it is not this one's to remove.
+        let network = network.inspect_err(|_| remove(&directory))?;
+        let kept = async {
+            let namespace = network.as_ref().map(|n| n.namespace().try_clone_to_owned());
+            let namespace = namespace.transpose().map_err(super::failed("hold its network"))?;
+            let spec = KeeperSpec {
+                directory: directory.clone(),
+                config: config.clone(),
+                criu,
+                cgroup: cgroup.clone(),
+                network: namespace,
+            };
+            let keeper = Keeper::spawn(spec).await.map_err(told("start its keeper"))?;
+            Ok::<_, WorkloadError>((Arc::new(keeper), network, cgroup))
+        };
+        match kept.await {
+            Ok(kept) => Ok(kept),
+            Err(error) => {
+                self.clear(id).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn adopt(
+        &self,
+        id: WorkloadId,
+    ) -> Result<Option<(Arc<Keeper>, Option<Network>)>, WorkloadError> {
+        let cgroup = self.cgroup(id)?;
+        let mut keeper = Keeper::adopt(&self.place(id), cgroup.clone()).await;
+        for _ in 0..DYING_TRIES {
+            // One that was killed just now still accepts, and says nothing.
+            if !matches!(keeper, Err(KeeperError::Link(LinkError::Dead(_)))) {
+                break;
+            }
+            tokio::time::sleep(DYING_PAUSE).await;
+            keeper = Keeper::adopt(&self.place(id), cgroup.clone()).await;
+        }
+        let keeper = keeper.map_err(told("take it back"))?;
+        let Some(keeper) = keeper else { return Ok(None) };
+        let network = match &keeper.config().net {
+            // One that has ended is in no network any more.
+            Some(net) if keeper.init() != 0 && keeper.phase() != KeeperPhase::Ended => {
+                Some(Network::find(id, net, keeper.init()).await?)
+            }
+            _ => None,
+        };
+        Ok(Some((Arc::new(keeper), network)))
+    }
+
+    async fn find_tree(&self, id: WorkloadId, paused: bool) -> Result<Option<Tree>, WorkloadError> {
+        let Some((keeper, network)) = self.adopt(id).await? else { return Ok(None) };
+        let cgroup = self.cgroup(id)?;
+        Tree::new(self.place(id), cgroup, keeper, network, paused).map(Some)
+    }
+}
+
+fn check(config: &ProcessConfig) -> Result<(), WorkloadError> {
+    if config.version > CONFIG_VERSION {
+        return Err(WorkloadError::new(format!(
+            "the process tree is of a newer version ({}) than this migrd knows \
+             ({CONFIG_VERSION}); upgrade it",
+            config.version
+        )));
+    }
+    if config.argv.is_empty() || !config.cwd.starts_with('/') {
+        return Err(WorkloadError::new("the process tree has no command or no directory"));
+    }
+    config.net.as_ref().map_or(Ok(()), net::check)
+}
+
+#[async_trait]
+impl Starts for ProcessEngine {
+    async fn create(
+        &self,
+        id: WorkloadId,
+        _name: &str,
+        config: &ProcessConfig,
+    ) -> Result<Box<dyn Workload>, WorkloadError> {
+        let (keeper, network, cgroup) = self.keep(id, config).await?;
+        match Tree::new(self.place(id), cgroup.clone(), keeper.clone(), network, true) {
+            Ok(tree) => Ok(Box::new(tree)),
+            Err(error) => {
+                put_away(&keeper, &cgroup).await;
+                self.clear(id).await;
+                Err(error)
+            }
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        let criu = self.criu.as_ref().as_ref().err().cloned();
+        criu.or_else(|| cgroup::root().err().map(|error| error.to_string()))
+    }
+
+    fn version(&self) -> Option<String> {
+        self.criu.as_ref().as_ref().ok().map(|criu| criu.version.to_string())
+    }
+}
+
+#[async_trait]
+impl Engine for ProcessEngine {
+    async fn check(&self, manifest: &Manifest) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if let Some(problem) = self.problem() {
+            let remedy = "see `migctl hosts` for this host";
+            problems.push(Problem::new("criu", problem, remedy));
+        }
+        problems.extend(lacking(&manifest.needs).await);
+        match offered(manifest) {
+            Ok(config) => {
+                let id = manifest.workload;
+                problems.extend(config.net.iter().flat_map(|net| net::problems(id, net)));
+            }
+            Err(error) => {
+                let remedy = "bring both daemons to the same version";
+                problems.push(Problem::new("engine", error.to_string(), remedy));
+            }
+        }
+        problems
+    }
+
+    async fn clear(&self, id: WorkloadId) {
+        let directory = self.place(id);
+        if !directory.exists() {
+            return;
+        }
+        if let Ok(cgroup) = self.cgroup(id) {
+            match Keeper::adopt(&directory, cgroup.clone()).await {
+                Ok(Some(keeper)) => keeper.quit().await,
+                Ok(None) => {}
+                Err(error) => tracing::warn!(%id, %error, "a keeper could not be ended"),
+            }
+            clear_cgroup(&cgroup).await;
+        }
+        if let Err(error) = net::remove(id).await {
+            tracing::warn!(%id, %error, "the network of a process tree stays behind");
+        }
+        remove(&directory);
+    }
+
+    async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError> {
+        let config = offered(manifest)?;
+        let id = manifest.workload;
+        let (keeper, network, cgroup) = self.keep(id, &config).await?;
+        let images = manifest.streams.iter().filter(|s| s.key != LOG_STREAM).cloned().collect();
+        let directory = self.place(id);
+        let parts = Parts { id, directory, cgroup, keeper, network, images };
+        match ArrivingTree::new(parts) {
+            Ok(arriving) => Ok(Box::new(arriving)),
+            Err(error) => {
+                self.clear(id).await;
+                Err(error)
+            }
+        }
+    }
+}
+
+/// What of a tree's needs this host has not. A peer wrote them.
+async fn lacking(needs: &[u8]) -> Vec<Problem> {
+    let remedy = "bring both daemons to the same version";
+    let odd = |what: String| vec![Problem::new("engine", what, remedy)];
+    let ProcessNeeds { files, resident_bytes } = match ProcessNeeds::decode(needs) {
+        Ok(needs) => needs,
+        Err(error) => return odd(format!("what the process tree needs is damaged: {error}")),
+    };
+    let files = match files::from_wire(files) {
+        Ok(files) => files,
+        Err(error) => return odd(error.to_string()),
+    };
+    let compared = tokio::task::spawn_blocking(move || files::compare(&files)).await;
+    let mut problems = compared.unwrap_or_else(|error| odd(error.to_string()));
+    let (_, available) = HostMemory::of_this_host().read();
+    // Its images are freed as its processes take their memory.
+    if resident_bytes > available {
+        let (needs, has) = (resident_bytes >> 20, available >> 20);
+        let what = format!("its processes have {needs} MiB of memory and {has} MiB are free");
+        let remedy = "stop or move something away from that host, or choose another";
+        problems.push(Problem::new("memory", what, remedy));
+    }
+    problems
+}
+
+/// What a peer offers, checked.
+fn offered(manifest: &Manifest) -> Result<ProcessConfig, WorkloadError> {
+    let config = ProcessConfig::decode(manifest.config.as_slice()).map_err(|e| {
+        WorkloadError::caused("the configuration of the process tree is damaged", e)
+    })?;
+    check(&config)?;
+    let odd = || WorkloadError::new("the streams of a process tree are not as they must be");
+    let mut images = Vec::new();
+    for spec in &manifest.streams {
+        match spec.key {
+            LOG_STREAM if spec.length == log_spec().length => {}
+            _ => images.push(spec),
+        }
+    }
+    let count = images.len();
+    let right = images.iter().zip(FIRST_STREAM..).all(|(spec, key)| {
+        spec.key.0 == key && Some(spec.length) == images.first().map(|first| first.length)
+    });
+    let few = u32::try_from(count).is_ok_and(|count| count <= MAX_IMAGE_STREAMS);
+    if !right || !few || count + 1 != manifest.streams.len() {
+        return Err(odd());
+    }
+    Ok(config)
+}
+
+#[async_trait]
+impl Recovers for ProcessEngine {
+    async fn find(
+        &self,
+        id: WorkloadId,
+        _name: &str,
+        _config: &[u8],
+        paused: bool,
+    ) -> Result<Box<dyn Workload>, WorkloadError> {
+        let Some(mut tree) = self.find_tree(id, paused).await? else {
+            if let Ok(cgroup) = self.cgroup(id) {
+                // Without its keeper nothing of it can be held.
+                clear_cgroup(&cgroup).await;
+            }
+            let why = "its keeper is gone: the host restarted, or it was stopped or killed";
+            let cgroup = self.cgroup(id).unwrap_or_default();
+            return Ok(Box::new(Tree::ended(self.place(id), cgroup, why)));
+        };
+        let done = match (tree.phase(), paused) {
+            (KeeperPhase::Dumping, _) => tree.thaw().await,
+            (KeeperPhase::Restored, _) => tree.release(paused).await,
+            (KeeperPhase::Empty | KeeperPhase::Paused, false) => tree.resume().await,
+            (KeeperPhase::Running, true) => tree.pause().await,
+            (KeeperPhase::Running, false) => {
+                tree.rejoin().await;
+                Ok(())
+            }
+            _ => Ok(()),
+        };
+        if let Err(error) = done {
+            // It is this host's all the same, and must not be taken for gone.
+            tracing::error!(%id, %error, "a process tree does not do what it should");
+        }
+        Ok(Box::new(tree))
+    }
+
+    async fn find_released(
+        &self,
+        id: WorkloadId,
+        _name: &str,
+        paused: bool,
+    ) -> Result<Option<Box<dyn Workload>>, WorkloadError> {
+        let Some(mut tree) = self.find_tree(id, paused).await? else { return Ok(None) };
+        if tree.phase() == KeeperPhase::Running {
+            tree.pause().await?;
+        }
+        Ok(Some(Box::new(tree)))
+    }
+
+    async fn find_sealed(
+        &self,
+        id: WorkloadId,
+        _name: &str,
+    ) -> Result<Option<Box<dyn Arriving>>, WorkloadError> {
+        let Some((keeper, network)) = self.adopt(id).await? else { return Ok(None) };
+        // Before it is complete nothing was sealed.
+        if keeper.phase() != KeeperPhase::Restored {
+            return Ok(None);
+        }
+        let (directory, cgroup) = (self.place(id), self.cgroup(id)?);
+        let parts = Parts { id, directory, cgroup, keeper, network, images: Vec::new() };
+        Ok(Some(Box::new(ArrivingTree::new(parts)?)))
+    }
+
+    async fn sweep(&self, known: &BTreeSet<WorkloadId>) {
+        let Ok(entries) = std::fs::read_dir(&self.directory) else { return };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|n| WorkloadId::from_str(n).ok());
+            let Some(id) = id.filter(|id| !known.contains(id)) else { continue };
+            tracing::info!(%id, "clearing away a process tree that this host does not own");
+            self.clear(id).await;
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Process trees as workloads.
+//!
+//! Owns the daemon's side of a tree: its [`keeper`], its [`images`] on their way
+//! through CRIU, its network ([`net`]), and what the traits of
+//! [`workload`](super) mean for it. May not touch tonic, KVM or the phases of a
+//! migration.
+//!
+//! [`engine`] makes trees and finds them again, [`running`] is one of this host,
+//! [`arriving`] one that is on its way here.
+
+mod arriving;
+pub mod engine;
+pub mod images;
+mod keeper;
+pub mod net;
+pub mod preflight;
+mod running;
+mod terminal;
+
+use async_trait::async_trait;
+use migr_proto::v1::ProcessConfig;
+
+pub use engine::ProcessEngine;
+
+use super::{ProcessOptions, StreamKey, StreamSpec, Workload, WorkloadError};
+use crate::serial_log;
+use crate::units::{PAGE_SIZE, WorkloadId};
+use images::{FIRST_STREAM, ImagesError};
+use keeper::KeeperError;
+
+/// The stream of the log of what a tree prints.
+pub const LOG_STREAM: StreamKey = StreamKey(64);
+/// The most streams of images that one tree announces.
+const MAX_IMAGE_STREAMS: u32 = 900;
+
+/// Starts commands as workloads.
+#[async_trait]
+pub trait Starts: Send + Sync {
+    /// Makes the process tree `id` of `config`. It stands still until
+    /// [`Workload::resume`].
+    ///
+    /// # Errors
+    /// When it can't be made here; nothing is left of it.
+    async fn create(
+        &self,
+        id: WorkloadId,
+        name: &str,
+        config: &ProcessConfig,
+    ) -> Result<Box<dyn Workload>, WorkloadError>;
+
+    /// Why no process tree can be had here, and what to do; `None` when it can.
+    fn problem(&self) -> Option<String>;
+
+    /// The version of the CRIU that works here.
+    fn version(&self) -> Option<String>;
+}
+
+fn log_spec() -> StreamSpec {
+    StreamSpec { key: LOG_STREAM, name: "output-log".into(), length: serial_log::LENGTH, used: 0 }
+}
+
+/// What a tree of so many processes and so much resident memory announces: images
+/// may come to more while it runs on, so there is room for twice as much.
+fn image_streams(processes: u32, resident: u64) -> Vec<StreamSpec> {
+    let room = resident.saturating_mul(2).max(resident.saturating_add(256 << 20));
+    let length = room.div_ceil(PAGE_SIZE) * PAGE_SIZE;
+    let count = processes.saturating_mul(2).saturating_add(16).min(MAX_IMAGE_STREAMS);
+    let spec = |number| StreamSpec {
+        key: StreamKey(FIRST_STREAM + number),
+        name: format!("images-{number}"),
+        length,
+        used: 0,
+    };
+    (0..count).map(spec).collect()
+}
+
+fn to_wire(options: ProcessOptions) -> migr_proto::v1::ProcessOptions {
+    let ProcessOptions { file_locks, link_remap, ghost_limit_bytes, drop_connections } = options;
+    migr_proto::v1::ProcessOptions { file_locks, link_remap, ghost_limit_bytes, drop_connections }
+}
+
+fn told(doing: &str) -> impl Fn(KeeperError) -> WorkloadError + '_ {
+    move |error| WorkloadError::new(format!("cannot {doing}: {error}"))
+}
+
+fn failed(doing: &str) -> impl Fn(std::io::Error) -> WorkloadError + '_ {
+    move |error| WorkloadError::caused(format!("cannot {doing}: {error}"), error)
+}
+
+impl From<ImagesError> for WorkloadError {
+    fn from(error: ImagesError) -> Self {
+        Self::new(error.to_string())
+    }
+}

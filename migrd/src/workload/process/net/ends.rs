@@ -1,0 +1,171 @@
+//! The two ends of a network, made, found, joined and cut by calls that wait.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use super::config::{self, Plan};
+use super::error::{NetError, system};
+use super::route::{Link, Route, Veth};
+use super::{INNER_NAME, inside};
+use crate::sys::netns::{self, FrameSocket};
+use crate::units::WorkloadId;
+use crate::workload::vm::nets::{self, own_address};
+
+/// The kernel switches frames through a moment after both ends are on.
+const UNTIL_IT_WORKS: Duration = Duration::from_millis(300);
+
+/// Both ends of it.
+#[derive(Debug)]
+pub(super) struct Ends {
+    pub(super) plan: Plan,
+    pub(super) namespace: OwnedFd,
+    pub(super) inode: u64,
+    /// Of the end in this host's namespace.
+    outer: u32,
+    /// Of the end in the workload's.
+    inner: u32,
+}
+
+impl Ends {
+    pub(super) fn make(plan: Plan) -> Result<Self, NetError> {
+        let name = config::name_of(plan.id);
+        let mut host = Route::open().map_err(system("ask about", &name))?;
+        let mtu = bridge(&mut host, &plan.bridge)?.mtu;
+        address_is_free(plan.address)?;
+        let namespace = netns::make().map_err(system("make a namespace for", &name))?;
+        let veth = Veth {
+            name: &name,
+            mac: own_address(plan.mac),
+            peer_name: INNER_NAME,
+            peer_mac: plan.mac,
+            peer_namespace: namespace.as_fd(),
+            mtu,
+        };
+        host.add_veth(&veth).map_err(|e| match e.raw_os_error() {
+            Some(libc::EEXIST) => NetError::NameTaken { name: name.clone() },
+            _ => system("make the interface", &name)(e),
+        })?;
+        let lost = || NetError::Lost { name: name.clone() };
+        let made = host.named(&name).map_err(system("look at", &name))?.ok_or_else(lost)?;
+        let mut finish = || {
+            let alias = config::alias_of(plan.id);
+            host.mark(made.index, alias).map_err(system("mark", &name))?;
+            inside::set_up(namespace.as_fd(), made.peer, &plan)?;
+            netns::inode(&namespace).map_err(system("look at the namespace of", &name))
+        };
+        match finish() {
+            Ok(inode) => Ok(Self { plan, namespace, inode, outer: made.index, inner: made.peer }),
+            Err(error) => {
+                if let Err(source) = host.delete(made.index) {
+                    tracing::warn!(%name, %source, "an interface could not be deleted");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn find(plan: Plan, pid: u32) -> Result<Self, NetError> {
+        let name = config::name_of(plan.id);
+        let lost = || NetError::Lost { name: name.clone() };
+        let look = || system("look at the namespace of", &name);
+        let namespace = netns::of_process(pid).map_err(look())?;
+        let inode = netns::inode(&namespace).map_err(look())?;
+        let mut host = Route::open().map_err(system("ask about", &name))?;
+        let outer = host.named(&name).map_err(system("look at", &name))?.ok_or_else(lost)?;
+        let mut there = Route::of(namespace.as_fd()).map_err(look())?;
+        let inner = there.numbered(outer.peer).map_err(look())?.ok_or_else(lost)?;
+        // Indices count in each namespace anew: only in the right one, and only
+        // the right interface, has this one for its other end and its address.
+        let own = netns::current().and_then(netns::inode).map_err(look())?;
+        let joined = inner.is_veth && inner.peer == outer.index && own != inode;
+        if !is_of(&outer, plan.id) || !joined {
+            return Err(lost());
+        }
+        Ok(Self { plan, namespace, inode, outer: outer.index, inner: inner.index })
+    }
+
+    pub(super) fn put_in_bridge(&self) -> Result<(), NetError> {
+        let name = config::name_of(self.plan.id);
+        let mut host = Route::open().map_err(system("ask about", &name))?;
+        let bridge = bridge(&mut host, &self.plan.bridge)?;
+        host.put_in(self.outer, bridge.index).map_err(system("add to its bridge", &name))
+    }
+
+    pub(super) fn join(&self) -> Result<(), NetError> {
+        // First into the bridge: outside of one, what it receives would be this
+        // host's to answer.
+        self.put_in_bridge()?;
+        let name = config::name_of(self.plan.id);
+        let mut host = Route::open().map_err(system("ask about", &name))?;
+        host.switch(self.outer, true).map_err(system("switch on", &name))?;
+        self.wait_for_both(&mut host).map_err(system("look at", &name))
+    }
+
+    /// Until then the kernel drops every frame, and says nothing.
+    fn wait_for_both(&self, host: &mut Route) -> io::Result<()> {
+        let mut there = Route::of(self.namespace.as_fd())?;
+        let end = Instant::now() + UNTIL_IT_WORKS;
+        while Instant::now() < end {
+            let outer = host.numbered(self.outer)?.is_some_and(|link| link.works);
+            let inner = there.numbered(self.inner)?;
+            // The workload may have switched its end off, or deleted it.
+            let off = inner.as_ref().is_none_or(|link| !link.is_on);
+            if off || (outer && inner.is_some_and(|link| link.works)) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    pub(super) fn cut(&self) -> Result<(), NetError> {
+        let name = config::name_of(self.plan.id);
+        let mut host = Route::open().map_err(system("ask about", &name))?;
+        host.switch(self.outer, false).map_err(system("switch off", &name))?;
+        host.put_in(self.outer, 0).map_err(system("take out of its bridge", &name))
+    }
+
+    pub(super) fn frame_socket(&self) -> Result<FrameSocket, NetError> {
+        netns::within(self.namespace.as_fd(), || FrameSocket::open(self.inner))
+            .and_then(|opened| opened)
+            .map_err(system("send frames from", &config::name_of(self.plan.id)))
+    }
+}
+
+pub(super) fn bridge(host: &mut Route, name: &str) -> Result<Link, NetError> {
+    let found = host.named(name).map_err(system("look at", name))?;
+    let none = || nets::NetError::NoBridge { bridge: name.to_owned() };
+    Ok(found.filter(|link| link.is_bridge).ok_or_else(none)?)
+}
+
+pub(super) fn address_is_free(address: IpAddr) -> Result<(), NetError> {
+    let failed = || system("look for", "addresses of this host");
+    for interface in nix::ifaddrs::getifaddrs().map_err(|e| failed()(e.into()))? {
+        let Some(found) = interface.address else { continue };
+        let v4 = found.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        let v6 = found.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip()));
+        if v4.or(v6) == Some(address) {
+            return Err(NetError::AddressTaken { interface: interface.interface_name, address });
+        }
+    }
+    Ok(())
+}
+
+/// Whether the host's end can have its name: two daemons that share a network
+/// namespace can't hold one workload.
+pub(super) fn name_is_free(id: WorkloadId) -> Result<(), NetError> {
+    let name = config::name_of(id);
+    let mut host = Route::open().map_err(system("ask about", &name))?;
+    match host.named(&name).map_err(system("look at", &name))? {
+        None => Ok(()),
+        Some(_) => Err(NetError::NameTaken { name }),
+    }
+}
+
+/// The name begins with only part of the id, which a peer may choose: another's
+/// must not be taken for it.
+pub(super) fn is_of(link: &Link, id: WorkloadId) -> bool {
+    link.is_veth && config::id_in(&link.alias) == Some(id)
+}
