@@ -103,6 +103,13 @@ run_kvm_tests_in_lab() {
         integration/lab/kvm-tests.sh "$paths" "$@" | tee /dev/stderr
 }
 
+# What failed tests said of their failure, without all that was shown for it.
+reasons() {
+    awk '/^ *(Error: |thread .* panicked at )/ { left = 12; print "" }
+         /^ *(Stack backtrace:|note: run with)|^ *$/ { if (left < 12) left = 0 }
+         left > 0 { print; left-- }' "$@" 2>/dev/null | head -n 200 || true
+}
+
 # Names of the tests that are properties: functions in a proptest! block.
 property_tests() {
     find . -name '*.rs' -not -path './target/*' -exec awk '
@@ -236,6 +243,7 @@ done
 say "$(printf '%-14s %4d passed, %d failed %s' checks \
     "$checks_passed" "${#checks_failed[@]}" "${checks_failed[*]}")"
 grep '^failed' "$results/tests" >&2 || true
+reasons "$results/tests.log" "$results/tests.lab.log" >&2
 say ""
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

@@ -1,9 +1,19 @@
 //! What migr does on stock Linux hosts: each test brings up a lab of its own.
+//! `MIGR_LAB_MOVES` says how often the guests that are moved there and back go.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use integration::lab::scenario::moves::Storage;
 use integration::lab::scenario::{boots, cpus, cut, moves, power};
 use integration::lab::watch::attempts;
+
+/// How often a guest that is moved there and back goes: enough to meet both ways
+/// several times, where nothing else was asked for.
+fn moves() -> Result<usize> {
+    let Ok(asked) = std::env::var("MIGR_LAB_MOVES") else { return Ok(8) };
+    let moves = asked.parse().context("MIGR_LAB_MOVES is not a number")?;
+    ensure!(moves > 0, "MIGR_LAB_MOVES is 0: nothing would be moved");
+    Ok(moves)
+}
 
 #[test]
 fn a_stock_kernel_boots_to_a_shell_and_its_power_is_obeyed() -> Result<()> {
@@ -11,13 +21,15 @@ fn a_stock_kernel_boots_to_a_shell_and_its_power_is_obeyed() -> Result<()> {
 }
 
 #[test]
-fn a_guest_with_shared_storage_does_not_notice_twenty_moves() -> Result<()> {
-    attempts(|| moves::there_and_back(Storage::Shared, 20))
+fn a_guest_with_shared_storage_does_not_notice_its_moves() -> Result<()> {
+    let number = moves()?;
+    attempts(|| moves::there_and_back(Storage::Shared, number))
 }
 
 #[test]
 fn a_guest_whose_disk_is_copied_does_not_notice_its_moves() -> Result<()> {
-    attempts(|| moves::there_and_back(Storage::Copied, 20))
+    let number = moves()?;
+    attempts(|| moves::there_and_back(Storage::Copied, number))
 }
 
 #[test]
