@@ -5,7 +5,9 @@
 
 pub mod api;
 pub mod checkpoint;
+pub mod child;
 pub mod config;
+pub mod host_memory;
 pub mod keeper;
 pub mod migration;
 pub mod network;

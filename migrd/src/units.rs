@@ -12,6 +12,9 @@ pub const PAGE_SIZE: u64 = 4096;
 /// [`PAGE_SIZE`] for indexing into buffers.
 pub const PAGE_BYTES: usize = 4096;
 
+/// A hardware address of a network interface (IEEE 802).
+pub type Mac = [u8; 6];
+
 /// Number of a page within one stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageIndex(pub u64);

@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use migr_proto::v1 as proto;
 use migr_proto::v1::{child_message, child_reply, child_request};
+use migrd::child::frame;
 use migrd::sys::fds;
 use migrd::units::{PAGE_SIZE, PageIndex, WorkloadId};
-use migrd::vmm::frame;
 use migrd::workload::vm::child::{Child, ChildSpec};
 use migrd::workload::{ChunkSink, ChunkSource, StreamKey};
 use proto::GuestStopKind;

@@ -3,17 +3,15 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use migr_proto::v1 as proto;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{Backlog, SockFlag, accept4, listen};
 use prost::Message;
 
 use super::control::Control;
+use crate::child::listener::Listener;
 use crate::sys::fds;
 
 /// The numbers under which a keeper finds its descriptors.
@@ -66,7 +64,7 @@ pub enum EntryError {
 #[derive(Debug)]
 pub struct Fds {
     /// The control socket.
-    pub listener: OwnedFd,
+    pub listener: Listener,
     /// The log.
     pub log: File,
     /// Rung after each write to the log.
@@ -75,26 +73,15 @@ pub struct Fds {
     pub network: Option<OwnedFd>,
 }
 
-impl Fds {
-    /// A new connection, if one waits.
-    ///
-    /// # Errors
-    /// When none does.
-    pub fn accept(&self) -> io::Result<UnixStream> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = accept4(self.listener.as_raw_fd(), flags)?;
-        Ok(fds::own(fd).into())
-    }
-}
-
 /// Serves until it is told to quit.
 ///
 /// # Errors
 /// When it was not started as a keeper, or the system fails.
 pub fn run(args: &KeeperArgs) -> Result<(), EntryError> {
     let take = |number| fds::inherited(number).map_err(EntryError::Inherit);
+    let listener = take(number::LISTENER)?;
     let shared = Fds {
-        listener: take(number::LISTENER)?,
+        listener: Listener::take_over(listener)?,
         log: take(number::LOG)?.into(),
         bell: take(number::BELL)?.into(),
         network: fds::inherited(number::NETWORK).ok(),
@@ -108,11 +95,5 @@ pub fn run(args: &KeeperArgs) -> Result<(), EntryError> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(io::Error::from)?;
     super::mounts::make_private()?;
     super::mounts::bind_root(&args.root)?;
-    // Listening again names this process, not the daemon, as the socket's peer to
-    // everyone who connects from now on (unix(7), SO_PEERCRED).
-    listen(&shared.listener, Backlog::MAXCONN).map_err(io::Error::from)?;
-    let flags = fcntl(&shared.listener, FcntlArg::F_GETFL).map_err(io::Error::from)?;
-    let flags = OFlag::from_bits_truncate(flags) | OFlag::O_NONBLOCK;
-    fcntl(&shared.listener, FcntlArg::F_SETFL(flags)).map_err(io::Error::from)?;
     Ok(Control::new(shared, config, args)?.serve()?)
 }

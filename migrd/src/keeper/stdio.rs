@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use migr_proto::v1 as proto;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
+use crate::child::console::{Console, ConsoleSink};
 use crate::units::PAGE_BYTES;
-use crate::vmm::console::{Console, ConsoleSink};
 
 /// How long output that was written before a tree stood still may take to arrive.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);

@@ -5,7 +5,6 @@
 //! through that task's inbox. May not touch the wire or the insides of phases.
 
 mod claims;
-mod memory;
 mod owner;
 mod status;
 mod verbs;
@@ -17,6 +16,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::host_memory::HostMemory;
 use crate::migration::journal::{Event, Identity, Journal, JournalError, WorkloadRecord};
 use crate::migration::link::{Peer, Standing};
 use crate::migration::recovery::standing_at_source;
@@ -27,7 +27,6 @@ use crate::workload::{Engine, Kind, Workload};
 use claims::Table;
 use owner::{Command, Holding, Owner, OwnerHandle};
 
-pub use memory::HostMemory;
 pub use owner::FrozenWork;
 pub use status::{RegistryError, State, Status, Watching};
 

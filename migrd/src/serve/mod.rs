@@ -21,12 +21,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::api::{ControlService, PeerService};
+use crate::child::words;
 use crate::config::{ConfigError, ServeArgs};
 use crate::keeper::criu::Criu;
 use crate::migration::destination::{Arrivals, Patience};
 use crate::migration::journal::{Journal, JournalError};
 use crate::registry::{Registry, Setup};
-use crate::vmm::control::words;
 use crate::wire::receive::{LaneDirectory, LaneService};
 use crate::wire::{Peers, incoming, server_settings};
 use crate::workload::process::ProcessEngine;

@@ -145,7 +145,7 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
-    use crate::vmm::console::Console;
+    use crate::child::console::Console;
     use crate::vmm::devices::serial::IrqLine;
 
     fn event() -> EventFd {

@@ -2,19 +2,17 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use migr_proto::v1::{self as proto, child_message, child_reply, child_request};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::daemon::{Came, Daemon};
 use super::entry::Fds;
 use super::lifecycle::{Phase, StopKind};
 use super::machine::{Machine, MachineError};
 use super::pages::{from_wire, to_wire};
-use crate::sys::fds;
+use crate::child::serving::{self, Line, Served, Then};
+use crate::child::words;
 
 /// The first byte of a connection to a child that is ready.
 pub const READY: u8 = b'M';
@@ -30,20 +28,11 @@ pub struct Images {
     pub initrd: Option<File>,
 }
 
-/// Whether to go on after a request.
-#[derive(PartialEq, Eq)]
-enum Then {
-    Serve,
-    Quit,
-}
-
 /// The main thread's things.
 pub struct Control {
-    fds: Fds,
+    line: Line,
     machine: Machine,
     images: Images,
-    ended: EventFd,
-    daemon: Option<Daemon>,
     /// The last phase that a daemon was told.
     told: Phase,
 }
@@ -52,66 +41,17 @@ impl Control {
     /// `ended` rings when the guest ends by itself.
     #[must_use]
     pub fn new(fds: Fds, machine: Machine, images: Images, ended: EventFd) -> Self {
-        Self { fds, machine, images, ended, daemon: None, told: Phase::Ready }
+        let Fds { listener, memory, log, bell } = fds;
+        let line = Line::new(listener, READY, vec![memory, log, bell], ended);
+        Self { line, machine, images, told: Phase::Ready }
     }
 
     /// Serves until a daemon says that it is enough.
     ///
     /// # Errors
     /// When the system fails in a way that leaves nothing to serve.
-    pub fn serve(mut self) -> io::Result<()> {
-        loop {
-            let (came, rang, readable) = self.wait()?;
-            if rang {
-                self.guest_ended();
-            }
-            if came {
-                self.accept();
-            }
-            if readable && self.receive() == Then::Quit {
-                return Ok(());
-            }
-            self.send();
-        }
-    }
-
-    /// Waits for a new daemon, for the end of the guest, or for the daemon.
-    fn wait(&self) -> io::Result<(bool, bool, bool)> {
-        let mut wait = vec![
-            PollFd::new(self.fds.listener.as_fd(), PollFlags::POLLIN),
-            PollFd::new(fds::of_event(&self.ended), PollFlags::POLLIN),
-        ];
-        if let Some(daemon) = &self.daemon {
-            wait.push(daemon.poll());
-        }
-        match poll(&mut wait, PollTimeout::NONE) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(e) => return Err(e.into()),
-        }
-        let any = |i: usize| {
-            let events = wait.get(i).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
-            events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR)
-        };
-        Ok((any(0), any(1), any(2)))
-    }
-
-    /// A daemon connects: the one before it, if any, is no longer heard.
-    fn accept(&mut self) {
-        // The listener does not block; whoever came may be gone again.
-        let Ok(socket) = self.fds.accept() else { return };
-        let shared: [BorrowedFd<'_>; 3] =
-            [self.fds.memory.as_fd(), self.fds.log.as_fd(), self.fds.bell.as_fd()];
-        if fds::send(&socket, &[READY], &shared).is_ok() {
-            self.daemon = Some(Daemon::new(socket));
-        }
-    }
-
-    fn guest_ended(&mut self) {
-        // It rang, so the counter is not zero; what it counts does not matter.
-        let _ = self.ended.read();
-        self.machine.rest();
-        self.machine.flush_console();
-        self.tell_phase();
+    pub fn serve(self) -> io::Result<()> {
+        serving::serve(self)
     }
 
     /// Tells the daemon where the guest stands, if that is news to it.
@@ -125,73 +65,14 @@ impl Control {
     }
 
     fn queue(&mut self, message: child_message::Message) {
-        let message = proto::ChildMessage { message: Some(message) };
-        if self.daemon.as_mut().is_some_and(|daemon| !daemon.queue(&message)) {
-            self.daemon = None;
-        }
+        self.line.queue(&proto::ChildMessage { message: Some(message) });
     }
 
-    /// Sends what the socket takes now; a daemon that is gone is forgotten.
-    fn send(&mut self) {
-        if self.daemon.as_mut().is_some_and(|daemon| !daemon.send()) {
-            self.daemon = None;
-        }
-    }
-
-    /// Reads what came and serves every whole request of it.
-    fn receive(&mut self) -> Then {
-        loop {
-            let Some(daemon) = &mut self.daemon else { return Then::Serve };
-            let more = daemon.read();
-            while let Some(daemon) = &mut self.daemon {
-                match daemon.request::<proto::ChildRequest>() {
-                    Ok(Some(request)) => {
-                        if self.serve_request(request) == Then::Quit {
-                            return Then::Quit;
-                        }
-                    }
-                    Ok(None) => break,
-                    Err(e) => {
-                        eprintln!("dropping the daemon's connection: {e}");
-                        self.daemon = None;
-                    }
-                }
-            }
-            match more {
-                Came::Some => {}
-                Came::NothingYet => return Then::Serve,
-                Came::End => self.daemon = None,
-            }
-        }
-    }
-
-    fn serve_request(&mut self, request: proto::ChildRequest) -> Then {
-        let proto::ChildRequest { id, request } = request;
-        let quit = matches!(request, Some(child_request::Request::Quit(_)));
-        let reply = match request {
-            Some(request) => {
-                self.answer(request).unwrap_or_else(|e| child_reply::Reply::Error(words(&e)))
-            }
-            None => child_reply::Reply::Error(
-                "an empty request: the daemon is newer than this VMM".into(),
-            ),
-        };
-        self.tell_phase();
-        let reply = proto::ChildReply { id, reply: Some(reply) };
-        self.queue(child_message::Message::Reply(reply));
-        self.send();
-        if quit { Then::Quit } else { Then::Serve }
-    }
-
-    /// The next `count` descriptors that came, or as many as did. They are
-    /// taken whether the request can be served or not, as the next request has
-    /// its own.
     fn take_files(&mut self, count: usize) -> Vec<File> {
-        let Some(daemon) = &mut self.daemon else { return Vec::new() };
-        daemon.take_fds(count).into_iter().map(File::from).collect()
+        self.line.take_fds(count).into_iter().map(File::from).collect()
     }
 
-    fn answer(
+    fn carry_out(
         &mut self,
         request: child_request::Request,
     ) -> Result<child_reply::Reply, MachineError> {
@@ -255,15 +136,37 @@ impl Control {
     }
 }
 
-/// An error with everything that caused it.
-pub fn words(error: &dyn std::error::Error) -> String {
-    let mut words = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        words = format!("{words}: {error}");
-        cause = error.source();
+impl Served for Control {
+    type Request = proto::ChildRequest;
+
+    fn line(&mut self) -> &mut Line {
+        &mut self.line
     }
-    words
+
+    /// The guest has ended.
+    fn rang(&mut self) {
+        self.machine.rest();
+        self.machine.flush_console();
+        self.tell_phase();
+    }
+
+    fn answer(&mut self, request: proto::ChildRequest) -> Then {
+        let proto::ChildRequest { id, request } = request;
+        let quit = matches!(request, Some(child_request::Request::Quit(_)));
+        let reply = match request {
+            Some(request) => {
+                self.carry_out(request).unwrap_or_else(|e| child_reply::Reply::Error(words(&e)))
+            }
+            None => child_reply::Reply::Error(
+                "an empty request: the daemon is newer than this VMM".into(),
+            ),
+        };
+        self.tell_phase();
+        let reply = proto::ChildReply { id, reply: Some(reply) };
+        self.queue(child_message::Message::Reply(reply));
+        self.line.send();
+        if quit { Then::Quit } else { Then::Serve }
+    }
 }
 
 fn status(phase: &Phase) -> proto::ChildStatus {

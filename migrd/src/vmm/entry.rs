@@ -3,20 +3,19 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 use migr_proto::v1::{self as proto, child_message};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{Backlog, SockFlag, accept4, listen};
 use prost::Message;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::control::{Control, FAILED, Images, words};
+use super::control::{Control, FAILED, Images};
 use super::machine::{Machine, MachineError};
-use super::output::SerialLog;
-use super::{frame, sandbox};
+use super::sandbox;
+use crate::child::listener::Listener;
+use crate::child::output::SerialLog;
+use crate::child::{frame, words};
 use crate::sys::fds;
 
 /// The numbers under which the child finds its descriptors.
@@ -61,25 +60,13 @@ pub enum EntryError {
 #[derive(Debug)]
 pub struct Fds {
     /// The control socket.
-    pub listener: OwnedFd,
+    pub listener: Listener,
     /// Guest memory.
     pub memory: File,
     /// Serial log.
     pub log: File,
     /// Rung after each write to the log.
     pub bell: File,
-}
-
-impl Fds {
-    /// A new connection, if one waits.
-    ///
-    /// # Errors
-    /// When none does.
-    pub fn accept(&self) -> io::Result<UnixStream> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = accept4(self.listener.as_raw_fd(), flags)?;
-        Ok(fds::own(fd).into())
-    }
 }
 
 /// Runs the child until it is told to quit.
@@ -89,8 +76,9 @@ impl Fds {
 pub fn run() -> Result<(), EntryError> {
     abort_on_panic();
     let take = |number| fds::inherited(number).map_err(EntryError::Inherit);
+    let listener = take(number::LISTENER)?;
     let shared = Fds {
-        listener: take(number::LISTENER)?,
+        listener: Listener::take_over(listener)?,
         memory: take(number::MEMORY)?.into(),
         log: take(number::LOG)?.into(),
         bell: take(number::BELL)?.into(),
@@ -100,14 +88,6 @@ pub fn run() -> Result<(), EntryError> {
     let images = Images { kernel: optional(number::KERNEL), initrd: optional(number::INITRD) };
     fds::close_from(number::FIRST_FREE)?;
     let ended = EventFd::new(EFD_NONBLOCK)?;
-    // Listening again names this process, not the daemon, as the socket's
-    // peer to everyone who connects from now on (unix(7), SO_PEERCRED).
-    listen(&shared.listener, Backlog::MAXCONN).map_err(io::Error::from)?;
-    let flags = OFlag::from_bits_truncate(
-        fcntl(&shared.listener, FcntlArg::F_GETFL).map_err(io::Error::from)?,
-    );
-    fcntl(&shared.listener, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))
-        .map_err(io::Error::from)?;
     match build(&shared, kvm, config, ended.try_clone()?) {
         Ok(machine) => Ok(Control::new(shared, machine, images, ended).serve()?),
         Err(e) => Ok(refuse(&shared, &words(&e))?),
@@ -154,13 +134,11 @@ fn abort_on_panic() {
 fn refuse(shared: &Fds, why: &str) -> io::Result<()> {
     eprintln!("{why}");
     let socket = loop {
-        match shared.accept() {
+        match shared.listener.accept() {
             Ok(socket) => break socket,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                let mut wait = [nix::poll::PollFd::new(
-                    std::os::fd::AsFd::as_fd(&shared.listener),
-                    nix::poll::PollFlags::POLLIN,
-                )];
+                let mut wait =
+                    [nix::poll::PollFd::new(shared.listener.as_fd(), nix::poll::PollFlags::POLLIN)];
                 nix::poll::poll(&mut wait, nix::poll::PollTimeout::NONE)?;
             }
             Err(e) => return Err(e),

@@ -10,18 +10,14 @@
 
 pub mod boot;
 pub mod bus;
-pub mod console;
 pub mod control;
 pub mod cpu;
-pub mod daemon;
 pub mod devices;
 pub mod dirty;
 pub mod entry;
-pub mod frame;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
-pub mod output;
 pub mod pages;
 mod power_on;
 pub mod sandbox;

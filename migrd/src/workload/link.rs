@@ -13,8 +13,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::child::frame::{self, FrameError};
 use crate::sys::fds;
-use crate::vmm::frame::{self, FrameError};
 
 /// What such a process understands and says.
 pub trait Dialect: std::fmt::Debug + Send + Sync + Sized + 'static {

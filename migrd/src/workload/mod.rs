@@ -4,6 +4,7 @@
 //! migration moves chunks of numbered streams and never knows what one means.
 //! May not touch tonic or the phases of a migration.
 
+mod ended;
 pub mod link;
 pub mod logged;
 pub mod outliving;
@@ -18,6 +19,7 @@ use tokio::sync::watch;
 
 use crate::pages::PageSet;
 use crate::units::WorkloadId;
+pub use ended::NoStreams;
 
 /// Number of one stream of a workload: a memory region, a log, a disk, an
 /// image file. Chosen by the workload, carried on the wire.

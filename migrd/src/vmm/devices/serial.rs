@@ -8,7 +8,7 @@ use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::vmm::console::ConsoleSink;
+use crate::child::console::ConsoleSink;
 
 /// Input that waits for room in the UART, at most (bytes).
 pub const QUEUE_BYTES: usize = 64 * 1024;

@@ -18,7 +18,6 @@ pub use error::MachineError;
 use error::system;
 
 use super::bus::Bus;
-use super::console::{Console, Log};
 use super::devices::serial::{IrqLine, SerialPort};
 use super::dirty::DirtyLog;
 use super::lifecycle::{Lifecycle, Phase};
@@ -26,6 +25,7 @@ use super::power_on::PowerOn;
 use super::vcpu::Vcpu;
 use super::virtio::Slots;
 use super::{boot, cpu, memory, snapshot, state};
+use crate::child::console::{Console, Log};
 use crate::pages::PageSet;
 use crate::sys::mapping::populate_region;
 use crate::sys::vm::{self, Vm};

@@ -11,9 +11,9 @@ use virtio_bindings::bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::error::{MachineError, system};
+use crate::child::console::{Console, Log};
 use crate::sys::vm::Vm;
 use crate::vmm::bus::{Bus, Platform};
-use crate::vmm::console::{Console, Log};
 use crate::vmm::devices::power_button::{self, PowerButton};
 use crate::vmm::lifecycle::Lifecycle;
 use crate::vmm::vcpu::Vcpu;

@@ -10,8 +10,11 @@ use prost::Message;
 
 use super::images::Images;
 use super::keeper::{Keeper, OUTPUT_LOG};
+use super::leaving::STATE_VERSION;
 use super::net::{self, Network};
-use super::running::{STATE_VERSION, Tree, TreeStreams, put_away, remove};
+use super::remains::{put_away, remove};
+use super::running::Tree;
+use super::streams::TreeStreams;
 use super::{LOG_STREAM, failed, log_spec, told};
 use crate::serial_log::LogStream;
 use crate::units::WorkloadId;

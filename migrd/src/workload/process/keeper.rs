@@ -14,10 +14,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
-use super::running::clear_cgroup;
+use super::remains::clear_cgroup;
+use crate::child::frame::{self, FrameError};
 use crate::keeper::entry::number;
 use crate::sys::process::{PidFd, isolate};
-use crate::vmm::frame::{self, FrameError};
 use crate::workload::link::{self, Dialect, Heard, LinkError};
 use crate::workload::outliving::{
     config_file, control_socket, ended, greeting, last_words, own_program, watch_bell,

@@ -6,15 +6,21 @@
 //! migration.
 //!
 //! [`engine`] makes trees and finds them again, [`running`] is one of this host,
-//! [`arriving`] one that is on its way here.
+//! [`looking`] says whether it can move, [`leaving`] is one that does, [`arriving`] one
+//! that is on its way here.
 
 mod arriving;
 pub mod engine;
+mod follow;
 pub mod images;
 mod keeper;
+mod leaving;
+mod looking;
 pub mod net;
 pub mod preflight;
+mod remains;
 mod running;
+mod streams;
 mod terminal;
 
 use async_trait::async_trait;

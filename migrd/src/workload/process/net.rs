@@ -22,8 +22,7 @@ use std::time::Duration;
 use migr_proto::v1::ProcessNet;
 
 use super::super::{Problem, WorkloadError};
-use crate::units::WorkloadId;
-use crate::vmm::virtio::net::Mac;
+use crate::units::{Mac, WorkloadId};
 
 use config::Plan;
 use ends::{Ends, address_is_free, bridge, is_of};
@@ -37,7 +36,7 @@ mod frames;
 mod inside;
 mod route;
 
-pub use config::{check, complete};
+pub use config::check;
 
 /// What the workload's interface is called inside.
 const INNER_NAME: &str = "eth0";
@@ -211,32 +210,6 @@ pub async fn remove(id: WorkloadId) -> Result<(), WorkloadError> {
             }
             _ => Ok(()),
         }
-    })
-    .await
-}
-
-/// The names of the interfaces here that migrd made for workloads other than
-/// `known`. Another daemon of this host may have made them, for ones that run:
-/// only a daemon that is alone may [`remove`] what it does not know.
-///
-/// # Errors
-/// What the system says.
-pub async fn leftovers(known: &[WorkloadId]) -> Result<Vec<(String, WorkloadId)>, WorkloadError> {
-    let known = known.to_vec();
-    aside(move || {
-        let failed = || system("look for", "interfaces of earlier workloads");
-        let list = nix::net::if_::if_nameindex().map_err(|e| failed()(e.into()))?;
-        let names = list.iter().filter_map(|interface| interface.name().to_str().ok());
-        let mut host = Route::open().map_err(failed())?;
-        let mut found = Vec::new();
-        for name in names.filter(|name| config::is_ours(name)) {
-            let Some(link) = host.named(name).map_err(system("look at", name))? else { continue };
-            let Some(id) = config::id_in(&link.alias).filter(|_| link.is_veth) else { continue };
-            if config::name_of(id) == name && !known.contains(&id) {
-                found.push((name.to_owned(), id));
-            }
-        }
-        Ok(found)
     })
     .await
 }

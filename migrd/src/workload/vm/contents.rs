@@ -94,20 +94,3 @@ impl ChunkSink for VmStreams {
         }
     }
 }
-
-/// The streams of a VM that has ended: none.
-pub(super) struct Nothing;
-
-impl ChunkSource for Nothing {
-    fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream> {
-        Err(OutOfStream { key, offset, length: into.len() as u64 })
-    }
-
-    fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
-        Err(OutOfStream { key, offset, length })
-    }
-
-    fn waits(&self, _: StreamKey) -> bool {
-        false
-    }
-}

@@ -3,7 +3,7 @@
 use migr_proto::v1::{self as proto, child_message, child_reply, child_request};
 
 use super::child::{ChildError, ChildState};
-use crate::vmm::frame::{self, FrameError};
+use crate::child::frame::{self, FrameError};
 use crate::workload::link::{self, Dialect, Heard, LinkError};
 
 /// A connection to a VMM child.

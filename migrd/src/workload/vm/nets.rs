@@ -13,7 +13,8 @@ use migr_proto::v1::NetConfig;
 use super::child::{Backing, Child, Device};
 use super::told;
 use crate::sys::tap::{self, Interface};
-use crate::vmm::virtio::net::{HEADER_BYTES, Mac};
+use crate::units::Mac;
+use crate::vmm::virtio::net::HEADER_BYTES;
 use crate::workload::{Problem, WorkloadError};
 
 /// The most network interfaces of a VM.

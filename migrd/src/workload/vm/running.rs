@@ -7,8 +7,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use super::child::{Child, ChildState};
-use super::contents::{Nothing, VmStreams};
+use super::child::{Child, ChildState, SERIAL_LOG};
+use super::contents::VmStreams;
 use super::disks::{Disks, Purpose};
 use super::serial_log::{Cleared, LogStream, Reader};
 use super::states::Reboots;
@@ -17,8 +17,8 @@ use super::{LOG_STREAM, all_streams, chain, disks, failed, streams, told};
 use crate::pages::PageSet;
 use crate::units::PAGE_SIZE;
 use crate::workload::{
-    Carry, ChunkSource, Problem, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload,
-    WorkloadError,
+    Carry, ChunkSource, NoStreams, Problem, RunState, StreamHash, StreamKey, StreamSpec, Terminal,
+    Workload, WorkloadError,
 };
 
 /// How long its devices may take to finish what they have begun, before a move
@@ -63,7 +63,8 @@ impl Vm {
     ) -> Result<Self, WorkloadError> {
         let bytes = child.config().memory_bytes;
         let streams = streams(bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
-        let terminal = Arc::new(SerialPort::open(&child)?);
+        let log = child.log();
+        let terminal = Arc::new(SerialPort::open(&log.path, log.written, &child)?);
         let open = || std::fs::File::open(&child.log().path).map_err(failed("open the serial log"));
         let log = Reader::open(open()?).map_err(failed("read the serial log"))?;
         let chunks = Arc::new(VmStreams {
@@ -95,7 +96,7 @@ impl Vm {
         why: &str,
     ) -> Result<Self, WorkloadError> {
         let streams = streams(memory_bytes).map_err(|e| WorkloadError::new(e.to_string()))?;
-        let terminal = Arc::new(SerialPort::left_behind(&directory)?);
+        let terminal = Arc::new(SerialPort::left_behind(&directory.join(SERIAL_LOG))?);
         let (_, state) = watch::channel(RunState::Ended(why.to_owned()));
         Ok(Self { directory, streams, terminal, state, paused: false, alive: None })
     }
@@ -186,7 +187,7 @@ impl Workload for Vm {
     fn chunks(&self) -> Arc<dyn ChunkSource> {
         match &self.alive {
             Some(alive) => alive.chunks.clone(),
-            None => Arc::new(Nothing),
+            None => Arc::new(NoStreams),
         }
     }
 

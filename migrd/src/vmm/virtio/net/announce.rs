@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Mac;
+use crate::units::Mac;
 
 /// When, after the guest's first instant here. Several, because frames get
 /// lost, and bridges may take a while before they forward.

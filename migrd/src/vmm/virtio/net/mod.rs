@@ -25,10 +25,8 @@ use super::chain::Chain;
 use super::device::{Device, Kind, StateError};
 use super::queue::{Abuse, QueueAbuse, Turn};
 use super::space::ConfigSpace;
+use crate::units::Mac;
 use announce::Announcement;
-
-/// A hardware address.
-pub type Mac = [u8; 6];
 
 const RECEIVE: usize = 0;
 const SEND: usize = 1;

@@ -8,9 +8,10 @@ use std::os::unix::net::UnixDatagram;
 use migr_proto::v1 as proto;
 
 use super::super::mmio::EVENT_IDX;
-use super::super::net::{HEADER_BYTES, Mac, Net};
+use super::super::net::{HEADER_BYTES, Net};
 use super::moves::moved;
 use super::*;
+use crate::units::Mac;
 
 const MAC: Mac = [2, 0, 0, 0, 0, 7];
 const CSUM: u64 = 1;

@@ -6,8 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use migr_proto::v1::ProcessNet;
 
 use crate::sys::tap;
-use crate::units::WorkloadId;
-use crate::vmm::virtio::net::Mac;
+use crate::units::{Mac, WorkloadId};
 use crate::workload::WorkloadError;
 use crate::workload::vm::nets::{is_address, is_name, show_mac};
 
@@ -70,14 +69,6 @@ pub fn check(config: &ProcessNet) -> Result<(), WorkloadError> {
     Plan::new(WorkloadId::from_bytes([0; 16]), config).map(|_| ())
 }
 
-/// Fills in what a user left open: a hardware address, the same wherever it is
-/// filled in.
-pub fn complete(id: WorkloadId, config: &mut ProcessNet) {
-    if config.mac.is_empty() {
-        config.mac = mac_of(id).to_vec().into();
-    }
-}
-
 /// Administered by nobody (IEEE 802, 8.4), and of the workload's own. These
 /// bytes of a random UUID are all random (RFC 9562, 5.4).
 fn mac_of(id: WorkloadId) -> Mac {
@@ -89,13 +80,6 @@ fn mac_of(id: WorkloadId) -> Mac {
 pub(super) fn name_of(id: WorkloadId) -> String {
     let start = id.as_bytes().iter().take(NAME_BYTES);
     start.fold(NAME_PREFIX.to_owned(), |name, byte| format!("{name}{byte:02x}"))
-}
-
-/// Whether `name` could be the name of a host's end.
-pub(super) fn is_ours(name: &str) -> bool {
-    let lower_hex = |c: char| c.is_ascii_digit() || ('a'..='f').contains(&c);
-    let digits = name.strip_prefix(NAME_PREFIX);
-    digits.is_some_and(|d| d.len() == 2 * NAME_BYTES && d.chars().all(lower_hex))
 }
 
 /// What the host's end says it is for.

@@ -7,7 +7,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::vmm::virtio::net::Mac;
+use crate::units::Mac;
 
 const ALL: Mac = [0xff; 6];
 /// `ff02::1`, all nodes, and its hardware address (RFC 2464, 7).

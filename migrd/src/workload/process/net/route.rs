@@ -22,7 +22,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use crate::sys::netns;
-use crate::vmm::virtio::net::Mac;
+use crate::units::Mac;
 
 /// What is known of an interface.
 #[derive(Debug)]

@@ -114,7 +114,7 @@ async fn reason(socket: &mut tokio::net::unix::OwnedReadHalf) -> String {
     use proto::child_message::Message::CannotStart;
     let mut bytes = Vec::new();
     let read = socket.take(1 << 20).read_to_end(&mut bytes).await;
-    match crate::vmm::frame::decode::<proto::ChildMessage>(&mut bytes) {
+    match crate::child::frame::decode::<proto::ChildMessage>(&mut bytes) {
         Ok(Some(proto::ChildMessage { message: Some(CannotStart(why)) })) => why,
         _ => format!("it could not start, and did not say why ({read:?})"),
     }

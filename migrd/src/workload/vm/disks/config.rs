@@ -17,7 +17,7 @@ pub const FIRST_STREAM: u32 = 128;
 /// The longest path that is taken, in bytes (`PATH_MAX`).
 const MAX_PATH: usize = 4096;
 /// The most that disks may have together to be sent along, in bytes: the maps of
-/// their written pages go in one message ([`crate::vmm::frame::FRAME_BYTES`]).
+/// their written pages go in one message ([`crate::child::frame::FRAME_BYTES`]).
 const MAX_COPIED: u64 = 1 << 40;
 /// The largest disk, in bytes: as long as a stream may be.
 const MAX_BYTES: u64 = 1 << 46;

@@ -96,25 +96,17 @@ fn long_nonsense_is_not_repeated_in_full() {
 
 #[test]
 fn a_hardware_address_follows_from_the_id_unless_one_is_given() {
-    let mut open = ProcessNet { mac: Vec::new().into(), ..net("10.0.0.5/24", "") };
-    let unfilled = Plan::new(id(), &open).unwrap();
-    complete(id(), &mut open);
-    assert_eq!(open.mac[..], [2, 2, 3, 4, 5, 0xff]);
-    assert_eq!(Plan::new(id(), &open).unwrap(), unfilled);
-
-    let mut given = net("10.0.0.5/24", "");
-    complete(id(), &mut given);
-    assert_eq!(given.mac[..], [2, 0, 0, 0, 0, 9]);
+    let open = ProcessNet { mac: Vec::new().into(), ..net("10.0.0.5/24", "") };
+    assert_eq!(Plan::new(id(), &open).unwrap().mac, [2, 2, 3, 4, 5, 0xff]);
+    let given = net("10.0.0.5/24", "");
+    assert_eq!(Plan::new(id(), &given).unwrap().mac, [2, 0, 0, 0, 0, 9]);
 }
 
 #[test]
 fn names_are_short_and_known_again() {
     let name = name_of(id());
     assert_eq!(name, "mgp0123abcdef");
-    assert!(name.len() <= tap::NAME_MAX && is_ours(&name));
-    for other in ["mgp0123abcde", "mgp0123abcdeff", "mgp0123ABCDEF", "mgx0123abcdef", "eth0"] {
-        assert!(!is_ours(other), "{other}");
-    }
+    assert!(name.len() <= tap::NAME_MAX);
     assert_eq!(id_in(&alias_of(id())), Some(id()));
     for alias in ["", ID, "migr process ", "migr process mgp0123abcdef"] {
         assert_eq!(id_in(alias), None, "{alias}");

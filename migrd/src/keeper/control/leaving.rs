@@ -1,0 +1,142 @@
+//! A tree on its way out: CRIU writes it, and it dies or runs on, as the word is.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use migr_proto::v1::{self as proto, keeper_message};
+
+use super::phase::{Phase, Told};
+use super::{Control, Failure};
+use crate::child::words;
+use crate::keeper::hold;
+use crate::keeper::stdio::Stdio;
+
+impl Control {
+    pub(super) fn dump(
+        &mut self,
+        dump: &proto::KeeperDump,
+        images: Option<OwnedFd>,
+    ) -> io::Result<()> {
+        let was_paused = matches!(self.phase, Phase::Paused);
+        self.expect(was_paused || matches!(self.phase, Phase::Running), "be dumped")?;
+        let mounts = hold::external_mounts(self.init)?;
+        let work = self.work(images, dump.options, mounts)?;
+        if !was_paused {
+            self.cgroup.freeze()?;
+        }
+        if let Some(stdio) = &self.stdio {
+            stdio.drain(&self.console);
+        }
+        let teller = self.teller.clone();
+        let started = hold::dump(work, self.init, move |news| teller.tell(Told::Work(news)));
+        match started {
+            Ok(hold) => {
+                self.phase = Phase::Dumping {
+                    hold,
+                    was_paused,
+                    written: false,
+                    word: None,
+                    leave_running: dump.leave_running,
+                };
+                Ok(())
+            }
+            Err(error) => {
+                if !was_paused {
+                    self.cgroup.set_frozen(false)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Speaks the word over a dump; `None`: who asked is told when it is carried out.
+    pub(super) fn speak(&mut self, die: bool, id: u64) -> Option<Result<(), String>> {
+        match &mut self.phase {
+            // It runs on already: its dump had failed, or a daemon asks twice.
+            Phase::Running | Phase::Paused if !die => Some(Ok(())),
+            // A daemon that has restarted asks again: only it still waits.
+            Phase::Dumping { word: Some((told, waits)), .. } if *told == die => {
+                *waits = id;
+                None
+            }
+            Phase::Dumping { word: Some(_), .. } => Some(Err("it was told already".into())),
+            Phase::Dumping { hold, written, word, .. } => {
+                *word = Some((die, id));
+                if *written {
+                    hold.say(die);
+                }
+                None
+            }
+            _ => Some(self.expect(false, "go on").map_err(|e| words(&e))),
+        }
+    }
+
+    pub(super) fn kill(&mut self, id: u64) -> Option<Result<(), String>> {
+        if let Phase::Dumping { written: true, word: None, .. } = &self.phase {
+            return self.speak(true, id);
+        }
+        Some(self.cgroup.kill().map_err(|e| words(&e)))
+    }
+
+    /// Everything is written, and the tree is in CRIU's hand.
+    pub(super) fn dumped(&mut self) {
+        let input = self.stdio.as_ref().map(Stdio::take_input_back);
+        let (input, error) = match input {
+            Some(Ok(input)) => (input, String::new()),
+            Some(Err(error)) => (Vec::new(), format!("cannot take its input along: {error}")),
+            None => (Vec::new(), String::new()),
+        };
+        if let Some(stdio) = &self.stdio {
+            stdio.drain(&self.console);
+        }
+        self.input.clone_from(&input);
+        let dumped = proto::KeeperDumped {
+            error,
+            stdio: self.stdio.as_ref().map(Stdio::names).unwrap_or_default(),
+            input: input.into(),
+            mounts: hold::external_mounts(self.init).unwrap_or_default(),
+            processes: self.stats().processes,
+            criu: String::new(),
+        };
+        self.queue(keeper_message::Message::Dumped(dumped));
+        if let Phase::Dumping { hold, written, word, leave_running, .. } = &mut self.phase {
+            *written = true;
+            match word {
+                Some((die, _)) => hold.say(*die),
+                None if *leave_running => hold.say(false),
+                None => {}
+            }
+        }
+    }
+
+    pub(super) fn dump_failed(&mut self, failure: &Failure) {
+        let dumped =
+            proto::KeeperDumped { error: failure.to_string(), ..proto::KeeperDumped::default() };
+        self.queue(keeper_message::Message::Dumped(dumped));
+        self.dump_over();
+    }
+
+    /// CRIU has let go of the tree: it lives, or its end will be heard of.
+    pub(super) fn dump_over(&mut self) {
+        let Phase::Dumping { was_paused, word, .. } = &self.phase else { return };
+        let (was_paused, word) = (*was_paused, *word);
+        if matches!(word, Some((true, _))) {
+            // What has begun to die stays in this phase until it is dead. A process
+            // that CRIU did not know of must not stay.
+            if let Err(error) = self.cgroup.kill() {
+                eprintln!("what is left of its processes: {error}");
+            }
+            return;
+        }
+        let input = std::mem::take(&mut self.input);
+        let typed = match &mut self.stdio {
+            Some(stdio) if !input.is_empty() => stdio.input(&input),
+            _ => Ok(()),
+        };
+        let thawed = if was_paused { self.cgroup.freeze() } else { self.cgroup.set_frozen(false) };
+        self.phase = if was_paused { Phase::Paused } else { Phase::Running };
+        if let Some((_, waits)) = word {
+            self.reply(waits, typed.and(thawed).map_err(|e| words(&e)));
+        }
+    }
+}

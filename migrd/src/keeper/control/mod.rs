@@ -1,0 +1,348 @@
+//! A keeper's main thread: serves the daemon, and knows where its tree stands
+//! ([`phase`]).
+//!
+//! ```text
+//!            start             dump
+//!   Empty ──────────▶ Running ──────▶ Dumping ──kill──▶ Ended
+//!     │                 ▲  ▲             │
+//!     │ restore         │  └────thaw─────┘        [`leaving`]
+//!     ▼                 │
+//!   Restoring ──▶ Restored ──release              [`arriving`]
+//! ```
+
+mod arriving;
+mod leaving;
+mod phase;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, channel};
+
+use migr_proto::v1::{self as proto, keeper_message, keeper_reply, keeper_request};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::cgroup::Cgroup;
+use super::criu::Failure;
+use super::entry::{Fds, KeeperArgs};
+use super::hold::{News, Work};
+use super::stdio::Stdio;
+use super::tree;
+use crate::child::console::Console;
+use crate::child::output::SerialLog;
+use crate::child::serving::{self, Line, Served, Then};
+use crate::child::words;
+use phase::{Phase, Teller, Told};
+
+/// The first byte of a connection to a keeper.
+pub const READY: u8 = b'K';
+
+/// The main thread's things.
+pub struct Control {
+    line: Line,
+    /// The network namespace of the tree, if it has one of its own.
+    network: Option<OwnedFd>,
+    config: proto::ProcessConfig,
+    criu: PathBuf,
+    root: PathBuf,
+    cgroup: Cgroup,
+    console: Console,
+    stdio: Option<Stdio>,
+    /// Input to be typed when the tree runs.
+    input: Vec<u8>,
+    phase: Phase,
+    /// The tree's init.
+    init: u32,
+    /// A tree that is restored is to stand still at its first word.
+    paused_at_restore: Arc<AtomicBool>,
+    told: Receiver<Told>,
+    teller: Teller,
+    /// The last status that a daemon was told.
+    last: proto::KeeperStatus,
+}
+
+impl Control {
+    /// With nothing started yet.
+    ///
+    /// # Errors
+    /// When the system has no room.
+    pub fn new(fds: Fds, config: proto::ProcessConfig, args: &KeeperArgs) -> io::Result<Self> {
+        let KeeperArgs { criu, cgroup, root } = args.clone();
+        let Fds { listener, log, bell, network } = fds;
+        let console = Console::default();
+        let mut output = SerialLog::new(&log, &bell)?;
+        let draining = console.clone();
+        let drain = move || draining.drain(&mut output);
+        std::thread::Builder::new().name("log".into()).spawn(drain)?;
+        let (sender, told) = channel();
+        let rung = EventFd::new(EFD_NONBLOCK)?;
+        let teller = Teller { told: sender, bell: Arc::new(rung.try_clone()?) };
+        Ok(Self {
+            line: Line::new(listener, READY, vec![log, bell], rung),
+            network,
+            config,
+            criu,
+            root,
+            cgroup: Cgroup::at(&cgroup),
+            console,
+            stdio: None,
+            input: Vec::new(),
+            phase: Phase::Empty,
+            init: 0,
+            paused_at_restore: Arc::default(),
+            told,
+            teller,
+            last: proto::KeeperStatus::default(),
+        })
+    }
+
+    /// Serves until a daemon says that it is enough.
+    ///
+    /// # Errors
+    /// When the system fails in a way that leaves nothing to serve.
+    pub fn serve(self) -> io::Result<()> {
+        serving::serve(self)
+    }
+
+    fn queue(&mut self, message: keeper_message::Message) {
+        self.line.queue(&proto::KeeperMessage { message: Some(message) });
+    }
+
+    fn reply(&mut self, id: u64, result: Result<(), String>) {
+        let reply = match result {
+            Ok(()) => keeper_reply::Reply::Done(proto::KeeperDone {}),
+            Err(error) => keeper_reply::Reply::Error(error),
+        };
+        self.reply_with(id, reply);
+    }
+
+    /// The status goes before the reply: who has the reply must not see what was.
+    fn reply_with(&mut self, id: u64, reply: keeper_reply::Reply) {
+        self.tell_status();
+        let reply = proto::KeeperReply { id, reply: Some(reply) };
+        self.queue(keeper_message::Message::Reply(reply));
+        self.line.send();
+    }
+
+    fn tell_status(&mut self) {
+        let status = self.status();
+        if status != self.last {
+            self.last = status;
+            self.queue(keeper_message::Message::StateChanged(status));
+        }
+    }
+
+    fn status(&self) -> proto::KeeperStatus {
+        self.phase.status(self.init)
+    }
+
+    fn expect(&self, right: bool, what: &str) -> io::Result<()> {
+        if right {
+            return Ok(());
+        }
+        let phase = self.status().phase();
+        Err(io::Error::other(format!("it can't {what} in phase {}", phase.as_str_name())))
+    }
+
+    fn start(&mut self) -> io::Result<()> {
+        self.expect(matches!(self.phase, Phase::Empty), "start")?;
+        self.cgroup.make()?;
+        let mut stdio = Stdio::new(self.console.sink())?;
+        let network = self.network.as_ref().map(AsFd::as_fd);
+        let init = tree::start(&self.config, &self.cgroup, &stdio, network)?;
+        stdio.handed_over();
+        self.stdio = Some(stdio);
+        self.follow(init)?;
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    /// From now on hears of the end of an init.
+    fn follow(&mut self, init: u32) -> io::Result<()> {
+        self.init = init;
+        let teller = self.teller.clone();
+        let wait = move || teller.tell(Told::End(init, tree::wait(init)));
+        std::thread::Builder::new().name("init".into()).spawn(wait)?;
+        Ok(())
+    }
+
+    fn pause(&mut self) -> io::Result<()> {
+        if matches!(self.phase, Phase::Paused) {
+            return Ok(());
+        }
+        self.expect(matches!(self.phase, Phase::Running), "pause")?;
+        self.cgroup.freeze()?;
+        self.phase = Phase::Paused;
+        if let Some(stdio) = &self.stdio {
+            stdio.drain(&self.console);
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        if matches!(self.phase, Phase::Running) {
+            return Ok(());
+        }
+        self.expect(matches!(self.phase, Phase::Paused), "resume")?;
+        self.cgroup.set_frozen(false)?;
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    fn type_in(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let lives = matches!(self.phase, Phase::Running | Phase::Paused);
+        self.expect(lives, "take input")?;
+        match &mut self.stdio {
+            Some(stdio) => stdio.input(bytes),
+            None => Err(io::Error::other("it has no standard input")),
+        }
+    }
+
+    fn terminate(&mut self) -> io::Result<()> {
+        self.expect(matches!(self.phase, Phase::Running), "be asked to end")?;
+        tree::terminate(self.init)
+    }
+
+    fn stats(&self) -> proto::KeeperStatsReply {
+        let processes = self.cgroup.processes().unwrap_or_default();
+        let resident = processes.iter().map(|pid| resident_bytes(*pid)).sum();
+        proto::KeeperStatsReply {
+            processes: u32::try_from(processes.len()).unwrap_or(u32::MAX),
+            resident_bytes: resident,
+            output_dropped: self.console.dropped(),
+            stdio: self.stdio.as_ref().map(Stdio::names).unwrap_or_default(),
+        }
+    }
+
+    fn work(
+        &self,
+        images: Option<OwnedFd>,
+        options: Option<proto::ProcessOptions>,
+        mounts: Vec<String>,
+    ) -> io::Result<Work> {
+        let images =
+            images.ok_or_else(|| io::Error::other("no directory came with the request"))?;
+        let network = self.network.as_ref().map(OwnedFd::try_clone).transpose()?;
+        Ok(Work {
+            criu: self.criu.clone(),
+            images,
+            cgroup: self.cgroup.path().to_owned(),
+            options: options.unwrap_or_default(),
+            network,
+            mounts,
+        })
+    }
+
+    fn hear(&mut self, told: Told) {
+        match told {
+            Told::End(init, status) => self.init_ended(init, status),
+            Told::Work(News::Dumped) => self.dumped(),
+            Told::Work(News::DumpFailed(failure)) => self.dump_failed(&failure),
+            Told::Work(News::DumpOver) => self.dump_over(),
+            Told::Work(News::Restored(init)) => self.restored(init),
+            Told::Work(News::RestoreFailed(failure)) => self.restore_failed(&failure),
+            Told::Work(News::RestoreOver(result)) => self.restore_over(result),
+        }
+    }
+
+    fn init_ended(&mut self, init: u32, status: Option<ExitStatus>) {
+        if init != self.init {
+            return;
+        }
+        if let Some(stdio) = &self.stdio {
+            stdio.drain(&self.console);
+        }
+        if let Phase::Releasing { ended, .. } = &mut self.phase {
+            *ended = Some(status);
+            return;
+        }
+        let phase = std::mem::replace(&mut self.phase, Phase::Ended(status));
+        if let Phase::Dumping { word: Some((_, waits)), .. } = phase {
+            self.reply(waits, Ok(()));
+        }
+    }
+}
+
+impl Served for Control {
+    type Request = proto::KeeperRequest;
+
+    fn line(&mut self) -> &mut Line {
+        &mut self.line
+    }
+
+    fn rang(&mut self) {
+        while let Ok(told) = self.told.try_recv() {
+            self.hear(told);
+        }
+        self.tell_status();
+    }
+
+    fn answer(&mut self, request: proto::KeeperRequest) -> Then {
+        use keeper_request::Request;
+        let proto::KeeperRequest { id, request } = request;
+        let Some(request) = request else {
+            let text = "an empty request: the daemon is newer than this keeper";
+            self.reply(id, Err(text.into()));
+            return Then::Serve;
+        };
+        let directory = match &request {
+            Request::Dump(_) | Request::Restore(_) => self.line.take_fds(1).pop(),
+            _ => None,
+        };
+        let said = |e: io::Error| words(&e);
+        let result = match request {
+            Request::Hello(proto::KeeperHello {}) => {
+                let (config, status) = (Some(self.config.clone()), Some(self.status()));
+                let hello = proto::KeeperHelloReply { config, status };
+                self.reply_with(id, keeper_reply::Reply::Hello(hello));
+                return Then::Serve;
+            }
+            Request::Stats(proto::KeeperStats {}) => {
+                let stats = self.stats();
+                self.reply_with(id, keeper_reply::Reply::Stats(stats));
+                return Then::Serve;
+            }
+            Request::Start(proto::KeeperStart {}) => self.start().map_err(said),
+            Request::Pause(proto::KeeperPause {}) => self.pause().map_err(said),
+            Request::Resume(proto::KeeperResume {}) => self.resume().map_err(said),
+            Request::Input(bytes) => self.type_in(&bytes).map_err(said),
+            Request::Terminate(proto::KeeperTerminate {}) => self.terminate().map_err(said),
+            Request::Dump(dump) => self.dump(&dump, directory).map_err(said),
+            Request::Thaw(proto::KeeperThaw {}) => match self.speak(false, id) {
+                Some(result) => result,
+                None => return Then::Serve,
+            },
+            Request::Kill(proto::KeeperKill {}) => match self.kill(id) {
+                Some(result) => result,
+                None => return Then::Serve,
+            },
+            Request::Restore(restore) => match self.restore(&restore, directory, id) {
+                Ok(()) => return Then::Serve,
+                Err(error) => Err(words(&error)),
+            },
+            Request::Release(proto::KeeperRelease { paused }) => match self.release(paused, id) {
+                Some(result) => result,
+                None => return Then::Serve,
+            },
+            Request::Quit(proto::KeeperQuit {}) => {
+                let gone = self.cgroup.remove().map_err(said);
+                let quit = gone.is_ok();
+                self.console.flush();
+                self.reply(id, gone);
+                return if quit { Then::Quit } else { Then::Serve };
+            }
+        };
+        self.reply(id, result);
+        Then::Serve
+    }
+}
+
+/// Resident memory of a process (proc(5), `VmRSS` of `/proc/PID/status`).
+fn resident_bytes(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}

@@ -1,0 +1,91 @@
+//! Where a tree stands, and what other threads tell of it.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use migr_proto::v1 as proto;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::keeper::hold::{Hold, News};
+
+/// Where its tree stands.
+#[derive(Debug)]
+pub(super) enum Phase {
+    Empty,
+    Running,
+    Paused,
+    /// CRIU has it, or is about to.
+    Dumping {
+        hold: Hold,
+        was_paused: bool,
+        written: bool,
+        /// The word was spoken: whether it is to die, and who waits for that.
+        word: Option<(bool, u64)>,
+        leave_running: bool,
+    },
+    /// CRIU makes it; who waits for that.
+    Restoring {
+        hold: Hold,
+        waits: u64,
+    },
+    /// Complete, and held.
+    Restored(Hold),
+    /// Let go; who waits for that.
+    Releasing {
+        waits: u64,
+        paused: bool,
+        /// Its init has ended already; whether it ran is CRIU's to say.
+        ended: Option<Option<ExitStatus>>,
+    },
+    Ended(Option<ExitStatus>),
+}
+
+impl Phase {
+    /// As a daemon is told of it; `init` is the tree's.
+    pub(super) fn status(&self, init: u32) -> proto::KeeperStatus {
+        let phase = match self {
+            Self::Empty | Self::Restoring { .. } => proto::KeeperPhase::Empty,
+            Self::Running => proto::KeeperPhase::Running,
+            Self::Paused => proto::KeeperPhase::Paused,
+            Self::Dumping { .. } => proto::KeeperPhase::Dumping,
+            Self::Restored(_) | Self::Releasing { .. } => proto::KeeperPhase::Restored,
+            Self::Ended(_) => proto::KeeperPhase::Ended,
+        };
+        let ended = match self {
+            Self::Ended(status) => *status,
+            _ => None,
+        };
+        proto::KeeperStatus {
+            phase: phase.into(),
+            pid: init,
+            exit_code: ended.and_then(|status| status.code()),
+            signal: ended.and_then(|status| status.signal()).unwrap_or(0),
+        }
+    }
+}
+
+/// What other threads tell the main one.
+#[derive(Debug)]
+pub(super) enum Told {
+    Work(News),
+    /// The init of that number has ended.
+    End(u32, Option<ExitStatus>),
+}
+
+/// How other threads tell it.
+#[derive(Clone, Debug)]
+pub(super) struct Teller {
+    pub(super) told: Sender<Told>,
+    pub(super) bell: Arc<EventFd>,
+}
+
+impl Teller {
+    /// Wakes it.
+    pub(super) fn tell(&self, told: Told) {
+        // The receiver lives as long as the process.
+        let _ = self.told.send(told);
+        let _ = self.bell.write(1);
+    }
+}

@@ -1,0 +1,88 @@
+//! A tree on its way out of its processes, into images.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+use migr_proto::v1 as proto;
+
+use super::images::{Growing, Images};
+use super::keeper::{Keeper, OUTPUT_LOG};
+use super::{LOG_STREAM, failed, to_wire};
+use crate::pages::PageSet;
+use crate::serial_log::{Cleared, Reader};
+use crate::workload::{ProcessOptions, WorkloadError};
+
+/// What of memory is worth a part of its own while CRIU still writes, in pages:
+/// 16 MiB.
+const PART_PAGES: u64 = 4096;
+/// How often to look what CRIU has written.
+const LOOK: Duration = Duration::from_millis(2);
+/// The version of a [`proto::ProcessState`] that this migrd writes.
+pub(super) const STATE_VERSION: u32 = 1;
+
+/// A tree on its way out of its processes.
+#[derive(Default)]
+pub(super) struct Dump {
+    growing: Growing,
+    end: Option<proto::KeeperDumped>,
+    log_sent: bool,
+}
+
+impl Dump {
+    /// The next part of what has come to be since it was stopped, by the state of its
+    /// `keeper`; `None` when that was all.
+    pub(super) async fn rest(
+        &mut self,
+        directory: &Path,
+        keeper: &Keeper,
+        images: &Images,
+    ) -> Result<Option<PageSet>, WorkloadError> {
+        let mut states = keeper.states();
+        let mut part = PageSet::default();
+        while self.end.is_none() {
+            self.end = keeper.dumped().map_err(|e| WorkloadError::new(e.to_string()))?;
+            for (key, mut pages) in self.growing.take(images, self.end.is_some())? {
+                if let Some(before) = part.get(key) {
+                    pages.union(before);
+                }
+                part.set(key, pages);
+            }
+            if part.count() >= PART_PAGES {
+                return Ok(Some(part));
+            }
+            if self.end.is_none() {
+                let _ = tokio::time::timeout(LOOK, states.changed()).await;
+            }
+        }
+        if !self.log_sent {
+            self.log_sent = true;
+            let log = File::open(directory.join(OUTPUT_LOG)).map_err(failed("open its log"))?;
+            let mut log = Reader::open(log).map_err(failed("read its log"))?;
+            let pages = log.pages_changed_since(&Cleared::default());
+            part.set(LOG_STREAM, pages.map_err(failed("read its log"))?);
+            return Ok(Some(part));
+        }
+        Ok(None)
+    }
+
+    /// What the destination has to know beside the streams.
+    pub(super) fn state(
+        &self,
+        images: &Images,
+        options: ProcessOptions,
+    ) -> Result<proto::ProcessState, WorkloadError> {
+        let end = self.end.clone().ok_or_else(|| WorkloadError::new("it is not written yet"))?;
+        let proto::KeeperDumped { error: _, stdio, input, mounts, processes, criu } = end;
+        Ok(proto::ProcessState {
+            version: STATE_VERSION,
+            criu,
+            images: images.to_wire(&images.list()?, &self.growing.numbers())?,
+            stdio,
+            input,
+            mounts,
+            processes,
+            options: Some(to_wire(options)),
+        })
+    }
+}
