@@ -7,6 +7,10 @@
 # criu in PATH, and one that is built here from Debian's newest source
 # package and stays in cargo's target directory. What is
 # installed for that is said.
+#
+# The tests read images with crit, CRIU's own tool. Unless there is one beside that
+# CRIU or in PATH, it is put beside the CRIU of the target directory, where the
+# tests look for it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=integration/setup.sh
@@ -42,23 +46,55 @@ fetch_source() {
     compgen -G "$1/criu_*.orig.tar.*" >/dev/null || fail "apt has not fetched the source of CRIU"
 }
 
-build_criu() {
-    local to=$1 work tarball
+# Sets $work to a directory with CRIU's source in $work/source, once.
+work=
+unpack_source() {
+    local tarball
+    [ -z "$work" ] || return 0
     install_missing
     work=$(mktemp -d)
     # shellcheck disable=SC2064
     trap "rm -rf '$work'" EXIT
     fetch_source "$work"
     tarball=$(compgen -G "$work/criu_*.orig.tar.*" | grep -v '\.asc$' | head -n1)
-    say "building CRIU from $(basename "$tarball")"
+    say "building from $(basename "$tarball")"
     mkdir "$work/source"
     tar -xf "$tarball" -C "$work/source" --strip-components=1
-    make -C "$work/source" -j"$(nproc)" criu NO_GNUTLS=1 >"$work/log" 2>&1 || {
+}
+
+# make_source TARGET…
+make_source() {
+    make -C "$work/source" -j"$(nproc)" NO_GNUTLS=1 "$@" >"$work/log" 2>&1 || {
         tail -n 40 "$work/log" >&2
         fail "CRIU does not build; the end of its output is above"
     }
-    mkdir -p "$(dirname "$to")"
-    install -m 755 "$work/source/criu/criu" "$to"
+}
+
+build_criu() {
+    unpack_source
+    make_source criu
+    mkdir -p "$(dirname "$1")"
+    install -m 755 "$work/source/criu/criu" "$1"
+}
+
+# need_crit CRIU: sees to it that there is a crit that the tests find.
+need_crit() {
+    local to crit
+    to=$(integration/target-dir.sh)/criu
+    for crit in "$(dirname "$1")/crit" "$(command -v crit || true)" "$to/crit"; do
+        [ -x "$crit" ] && "$crit" --version >/dev/null 2>&1 && return
+    done
+    unpack_source
+    make_source lib crit
+    mkdir -p "$to/python"
+    cp -r "$work/source/lib/pycriu" "$work/source/crit/crit" "$to/python/"
+    # Debian's protobuf is for Debian's Python.
+    cat >"$to/crit" <<'END'
+#!/bin/sh
+exec env PYTHONPATH="$(dirname "$0")/python" /usr/bin/python3 -m crit "$@"
+END
+    chmod 755 "$to/crit"
+    "$to/crit" --version >/dev/null || fail "crit does not work; its message is above"
 }
 
 # Installs what CRIU is built with, unless it is all here.
@@ -66,7 +102,7 @@ install_missing() {
     local package missing=()
     for package in gcc make pkg-config dpkg-dev libprotobuf-dev libprotobuf-c-dev \
         protobuf-c-compiler protobuf-compiler libnl-3-dev libnet1-dev libnftables-dev libbsd-dev \
-        libcap-dev uuid-dev python3; do
+        libcap-dev uuid-dev python3 python3-protobuf; do
         dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q ' installed$' ||
             missing+=("$package")
     done
@@ -77,11 +113,13 @@ install_missing() {
 if [ -n "${MIGR_CRIU-}" ]; then
     works "$MIGR_CRIU" || fail "$MIGR_CRIU (from MIGR_CRIU) does not work here: see \
 \"$MIGR_CRIU check\""
+    need_crit "$MIGR_CRIU"
     printf '%s\n' "$MIGR_CRIU"
     exit
 fi
 for criu in "$(command -v criu || true)" "$(integration/target-dir.sh)/criu/criu"; do
     if works "$criu"; then
+        need_crit "$criu"
         printf '%s\n' "$criu"
         exit
     fi
@@ -92,4 +130,5 @@ works "$criu" || {
     "$criu" check >&2 || true
     fail "the newest CRIU does not work on this kernel ($(uname -r)); the reasons are above"
 }
+need_crit "$criu"
 printf '%s\n' "$criu"

@@ -80,6 +80,16 @@ need_guest_image() {
     [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 }
 
+# What hosts with networks of their own are made of on this machine, and a client and a
+# server written in Python.
+need_two_nets() {
+    local missing=()
+    command -v ip >/dev/null || missing+=(iproute2)
+    command -v nsenter >/dev/null || missing+=(util-linux)
+    [ -x /usr/bin/python3 ] || missing+=(python3)
+    [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
+}
+
 need_kvm() {
     [ "$(uname -m)" = x86_64 ] || fail "this needs an x86-64 machine"
     [ -e /dev/kvm ] || fail "/dev/kvm is missing: load kvm_intel or kvm_amd (modprobe), and on a \
@@ -87,6 +97,16 @@ virtual machine switch nested virtualization on"
     if [ ! -r /dev/kvm ] || [ ! -w /dev/kvm ]; then
         fail "/dev/kvm may not be used by $(id -un): run this as root or join the group kvm"
     fi
+}
+
+# What the containers of tests and demonstrations are made by, and of.
+need_runc() {
+    local missing=()
+    command -v runc >/dev/null || missing+=(runc)
+    if ! [ -x /bin/busybox ] || ldd /bin/busybox >/dev/null 2>&1; then
+        missing+=(busybox-static)
+    fi
+    [ ${#missing[@]} = 0 ] || install_packages "${missing[@]}"
 }
 
 # What the hosts of the lab are run with, beside what the guest is built with.

@@ -9,7 +9,9 @@
 #
 # The tests of real virtual machines need /dev/kvm, and root for the mount
 # namespaces in which some daemons are started. Without /dev/kvm, or with
-# MIGR_TEST_KVM=lab, they run in a host of the lab.
+# MIGR_TEST_KVM=lab, they run in a host of the lab. With MIGR_TEST_PROGRAMS=lab the
+# programs that process trees are tried with move there once more: where this shell
+# lacks CAP_SYS_RESOURCE, those of other users are only seen to be refused here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=integration/setup.sh
@@ -83,6 +85,14 @@ run_tests() {
         run_kvm_tests_in_lab "${programs[@]}" >"$1.lab.log" || say "the lab has failed"
         plain_results "$1.lab.log" >>"$1"
     fi
+    if [ "${MIGR_TEST_PROGRAMS-}" = lab ]; then
+        say "== programs once more, in a host of the lab"
+        run_in_lab programs >"$1.programs.log" || say "the lab has failed"
+        plain_results "$1.programs.log" >>"$1"
+        # A lab that did not come up has printed nothing.
+        grep -q '^ok programs' <(plain_results "$1.programs.log") ||
+            echo "failed programs in_the_lab" >>"$1"
+    fi
 }
 
 # "ok|failed BINARY TEST" for each test in what cargo test printed to $1.
@@ -95,8 +105,12 @@ plain_results() {
 # Runs the test programs of these names, as they are built, in one lab host, and
 # prints what cargo test would.
 run_kvm_tests_in_lab() {
-    local paths
     say "== tests of real virtual machines, in a host of the lab"
+    run_in_lab "$@"
+}
+
+run_in_lab() {
+    local paths
     paths=$(cargo test --locked --workspace --no-run --message-format json 2>/dev/null |
         sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p')
     "$(integration/target-dir.sh)/debug/lab" run --hosts 1 --memory 8192 --no-migrd \
@@ -209,8 +223,10 @@ if command -v shellcheck >/dev/null; then
     check "scripts of busybox" shellcheck -s dash integration/src/lab/init.sh \
         guest-images/linux/root/init guest-images/linux/root/etc/shutdown
 fi
+check "runc" need_runc
 check "build" build
 check "CRIU" find_criu
+check "programs to move" integration/install-programs.sh
 if $with_lab; then check "guest of the lab" guest-images/linux/build.sh; fi
 
 passed=$checks_passed

@@ -8,11 +8,13 @@ set -euo pipefail
 paths=$1
 shift
 repository=$PWD
+criu=
+[ -z "${MIGR_CRIU-}" ] || criu="MIGR_CRIU='$MIGR_CRIU'"
 while read -r path; do
     name=$(basename "$path")
     name=${name%-*}
     [[ " $* " == *" $name "* ]] || continue
     printf '     Running tests/%s.rs (%s)\n' "$name" "$path"
     # As many at once as nextest lets.
-    "$LAB" exec 1 -- sh -c "cd '$repository' && '$path' --test-threads 2" || true
+    "$LAB" exec 1 -- sh -c "cd '$repository' && $criu '$path' --test-threads 2" || true
 done <<<"$paths"

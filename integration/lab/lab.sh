@@ -26,8 +26,16 @@ case "${1---help}" in
         need_build_tools
         need_lab
         say "building"
-        # Only what runs here: no failpoints, which are for the tests.
-        cargo build --locked --bins -p migrd -p migctl -p integration >&2
+        # Only what runs here, and one migrd: that of the demo can also be halted in the
+        # middle of a move, when its host is to lose its power.
+        features=()
+        [ "$1" != demo ] || features=(--features migrd/failpoints)
+        cargo build --locked -p migrd -p migctl -p integration \
+            --bin migrd --bin migctl --bin lab "${features[@]}" >&2
+        if [ "$1" = demo ]; then
+            built=$(integration/target-dir.sh)/debug
+            cp --remove-destination "$built/migrd" "$built/migrd-failpoints"
+        fi
         guest-images/linux/build.sh >&2
         [ "$1" != build ] || exit 0
         ;;

@@ -31,6 +31,8 @@ pub struct Daemon {
     halt_at: Option<String>,
     before: Option<String>,
     criu: Option<PathBuf>,
+    /// Its runc, unless it is the one in PATH.
+    runc: Option<PathBuf>,
     /// The network it trusts.
     trusted: Option<String>,
     /// The process in whose network it runs.
@@ -55,6 +57,7 @@ impl Daemon {
             halt_at: None,
             before: None,
             criu: None,
+            runc: None,
             trusted: None,
             network_of: None,
             done: AtomicBool::new(false),
@@ -78,6 +81,11 @@ impl Daemon {
     /// Makes it use that CRIU from its next start on.
     pub fn criu(&mut self, path: &Path) {
         self.criu = Some(path.to_owned());
+    }
+
+    /// Makes it use that runc from its next start on.
+    pub fn runc(&mut self, path: &Path) {
+        self.runc = Some(path.to_owned());
     }
 
     /// Has it listen at `address`, which is in the network that it trusts: in the
@@ -139,6 +147,9 @@ impl Daemon {
         command.arg("--state-dir").arg(&self.state_dir);
         if let Some(criu) = &self.criu {
             command.arg("--criu").arg(criu);
+        }
+        if let Some(runc) = &self.runc {
+            command.arg("--runc").arg(runc);
         }
         if let Some(network) = &self.trusted {
             command.args(["--trust-network", network]);

@@ -3,7 +3,8 @@
 //!
 //! [`binaries`] finds the programs under test, [`daemon`] and [`host_pair`] run
 //! them, [`migctl`] asks them, [`scenario`] runs pulse and judges its
-//! heartbeats, [`process`] does so with process trees, [`faulty_link`] spoils the way
+//! heartbeats, [`process`] does so with process trees, [`programs`] finds some that nobody
+//! here wrote, [`faulty_link`] spoils the way
 //! between two daemons, [`leaks`] counts what is left behind, [`measure`] and [`soak`]
 //! say what moves cost, [`two_nets`] gives each daemon a network of its own.
 //! [`lab`] does the same on stock Linux hosts of their own.
@@ -17,6 +18,7 @@ pub mod leaks;
 pub mod measure;
 pub mod migctl;
 pub mod process;
+pub mod programs;
 pub mod scenario;
 pub mod soak;
 pub mod tidy;

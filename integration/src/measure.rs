@@ -9,11 +9,42 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, anyhow, bail};
 use migr_proto::v1::LogsRequest;
 use migr_proto::v1::control_client::ControlClient;
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::daemon::Daemon;
 use crate::host_pair::migrate;
 use crate::scenario::{self, Heartbeats};
+
+/// The least, the middle and the greatest of several figures.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Spread {
+    /// The least.
+    pub min: f64,
+    /// The one in the middle.
+    pub median: f64,
+    /// The greatest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of `figures`, to the thousandth.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn of(figures: impl IntoIterator<Item = f64>) -> Result<Self> {
+        let mut sorted: Vec<f64> = figures.into_iter().map(to_thousandth).collect();
+        sorted.sort_by(f64::total_cmp);
+        let median = *sorted.get(sorted.len() / 2).context("no figures")?;
+        Ok(Self { min: sorted[0], median, max: sorted[sorted.len() - 1] })
+    }
+}
+
+/// Rounded to three places.
+#[must_use]
+pub fn to_thousandth(figure: f64) -> f64 {
+    (figure * 1000.0).round() / 1000.0
+}
 
 /// A move and what the guest noticed of it.
 #[derive(Clone, Debug)]

@@ -14,6 +14,7 @@ use nix::sched::{CloneFlags, unshare};
 use tempfile::TempDir;
 
 use crate::daemon::Daemon;
+use crate::process::left;
 use crate::wait;
 
 /// The network that the hosts and their workloads are in.
@@ -32,6 +33,17 @@ pub enum Side {
     B,
 }
 
+impl Side {
+    /// The one that this is not.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+}
+
 /// Both hosts. Everything of them goes when it is dropped.
 #[derive(Debug)]
 pub struct TwoNets {
@@ -48,7 +60,9 @@ pub struct TwoNets {
 ///
 /// # Errors
 /// Those of the test, or of making the hosts.
-pub fn on_two_hosts(test: fn(&mut TwoNets) -> Result<()>) -> Result<()> {
+pub fn on_two_hosts<T: Send + 'static>(
+    test: impl FnOnce(&mut TwoNets) -> Result<T> + Send + 'static,
+) -> Result<T> {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).context("run the tests as root")?;
         test(&mut TwoNets::prepare()?)
@@ -144,6 +158,23 @@ impl TwoNets {
         }
     }
 
+    /// Ends a workload and checks that nothing of any stays on either host.
+    ///
+    /// # Errors
+    /// Saying what is left.
+    pub fn remove(&self, at: Side, name: &str) -> Result<()> {
+        let host = self.daemon(at);
+        if host.state_of(name)?.as_deref() != Some("stopped") {
+            host.migctl(&["stop", name, "--force"])?.ok()?;
+        }
+        host.migctl(&["rm", name])?.ok()?;
+        self.expect_nothing_left(Side::A)?;
+        self.expect_nothing_left(Side::B)?;
+        self.a.done();
+        self.b.done();
+        Ok(())
+    }
+
     /// Checks that nothing of any process tree is on a host: no interface, filter,
     /// cgroup or directory, and no network namespace that its daemon holds.
     ///
@@ -176,11 +207,15 @@ impl TwoNets {
         let host = host["hosts"][0]["host_id"].as_str().context("no host_id")?.to_owned();
         let start = host.get(..8).context("a short host_id")?;
         left.extend(cgroups(&format!("migr-{start}-"))?);
-        let trees = daemon.state_dir().join("processes");
-        left.extend(paths_in(&trees)?.iter().map(|path| path.display().to_string()));
+        for parent in ["processes", "containers", "runc"] {
+            let workloads = paths_in(&daemon.state_dir().join(parent))?;
+            left.extend(workloads.iter().map(|path| path.display().to_string()));
+        }
         let open = paths_in(Path::new(&format!("/proc/{}/fd", daemon.pid()?)))?;
         let open = open.iter().filter_map(|fd| fs::read_link(fd).ok());
         left.extend(open.map(|to| to.display().to_string()).filter(|to| to.starts_with("net:")));
+        let keepers = left::keepers(daemon.state_dir());
+        left.extend(keepers.iter().map(|keeper| format!("keeper {}", keeper.pid)));
         Ok(left)
     }
 }

@@ -1,18 +1,23 @@
 //! What migr does on stock Linux hosts: each test brings up a lab of its own.
-//! `MIGR_LAB_MOVES` says how often the guests that are moved there and back go.
+//! `MIGR_LAB_MOVES` says how often what is moved there and back goes, `MIGR_LAB_MEMORY`
+//! how much memory (MiB) the process has whose stops are compared.
 
 use anyhow::{Context, Result, ensure};
 use integration::lab::scenario::moves::Storage;
-use integration::lab::scenario::{boots, cpus, cut, moves, power};
+use integration::lab::scenario::{boots, cpus, cut, moves, power, trees};
 use integration::lab::watch::attempts;
 
-/// How often a guest that is moved there and back goes: enough to meet both ways
-/// several times, where nothing else was asked for.
-fn moves() -> Result<usize> {
-    let Ok(asked) = std::env::var("MIGR_LAB_MOVES") else { return Ok(8) };
-    let moves = asked.parse().context("MIGR_LAB_MOVES is not a number")?;
-    ensure!(moves > 0, "MIGR_LAB_MOVES is 0: nothing would be moved");
-    Ok(moves)
+/// What the variable asks for, or `usual`.
+fn number(variable: &str, usual: u32) -> Result<u32> {
+    let Ok(asked) = std::env::var(variable) else { return Ok(usual) };
+    let number = asked.parse().with_context(|| format!("{variable} is not a number"))?;
+    ensure!(number > 0, "{variable} is 0: nothing would be moved");
+    Ok(number)
+}
+
+/// How often what is moved there and back goes, where nothing else was asked for.
+fn moves(usual: u32) -> Result<usize> {
+    Ok(number("MIGR_LAB_MOVES", usual)?.try_into()?)
 }
 
 #[test]
@@ -22,13 +27,13 @@ fn a_stock_kernel_boots_to_a_shell_and_its_power_is_obeyed() -> Result<()> {
 
 #[test]
 fn a_guest_with_shared_storage_does_not_notice_its_moves() -> Result<()> {
-    let number = moves()?;
+    let number = moves(8)?;
     attempts(|| moves::there_and_back(Storage::Shared, number))
 }
 
 #[test]
 fn a_guest_whose_disk_is_copied_does_not_notice_its_moves() -> Result<()> {
-    let number = moves()?;
+    let number = moves(8)?;
     attempts(|| moves::there_and_back(Storage::Copied, number))
 }
 
@@ -56,4 +61,17 @@ fn a_destination_that_goes_off_at_sealed_leaves_the_guest_at_the_source() -> Res
 #[test]
 fn hosts_whose_cpus_differ_exchange_a_guest_of_the_baseline_only() -> Result<()> {
     attempts(cpus::differ)
+}
+
+#[test]
+fn a_process_with_a_connection_does_not_notice_its_moves() -> Result<()> {
+    // There and back in both modes.
+    let number = moves(4)?;
+    attempts(|| trees::there_and_back(number))
+}
+
+#[test]
+fn the_memory_of_a_process_goes_ahead_and_arrives_whole() -> Result<()> {
+    let mib = number("MIGR_LAB_MEMORY", 128)?;
+    attempts(|| trees::memory_goes_ahead(mib))
 }

@@ -1,99 +1,32 @@
 //! Established TCP connections of process trees that CRIU moves, between two hosts
 //! with networks of their own: namespaces of this machine, joined by a cable.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use integration::daemon::Daemon;
 use integration::host_pair::migrate;
+use integration::process::PYTHON;
+use integration::process::served::{self, ADDRESS, Beside, Kind, NAME};
 use integration::two_nets::{BRIDGE, Side, TwoNets, on_two_hosts};
 use integration::wait;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const NAME: &str = "echo";
-const ADDRESS: &str = "10.98.0.50";
-const PORT: &str = "7000";
-const SERVER: &str = include_str!("process_connections/server.py");
-const CLIENT: &str = include_str!("process_connections/client.py");
 /// Answers a client must get before it is believed that its connection lives: more
 /// than it has messages under way.
 const SOME: u64 = 100;
 
-fn python() -> Result<&'static str> {
-    let usual = ["/usr/bin/python3", "/usr/local/bin/python3"];
-    let found = usual.into_iter().find(|path| fs::exists(path).unwrap_or(false));
-    found.context("install python3: the workloads of these tests are written in it")
-}
-
-/// A Python program on a host, beside the workloads. Killed when dropped.
-struct Program {
-    name: String,
-    child: Child,
-    output: PathBuf,
-}
-
-impl Program {
-    fn start(nets: &TwoNets, side: Side, script: &str, args: &[&str]) -> Result<Self> {
-        let name = format!("program on host {side:?}");
-        let output = nets.directory().join(format!("{side:?}.out"));
-        let mut command = nets.command(side, python()?);
-        command.args(["-c", script]).args(args);
-        command.stdin(Stdio::piped()).stdout(File::create(&output)?);
-        Ok(Self { name, child: command.spawn()?, output })
-    }
-
-    fn said(&self) -> Result<String> {
-        Ok(fs::read_to_string(&self.output)?)
-    }
-
-    /// The answers it has got so far.
-    fn answers(&mut self) -> Result<u64> {
-        let said = self.said()?;
-        if said.contains("WRONG") || self.child.try_wait()?.is_some() {
-            bail!("{}: {}", self.name, said.lines().last().unwrap_or("it ended"));
-        }
-        let counts = said.lines().rev().filter_map(|line| line.strip_prefix("ok ")?.parse().ok());
-        Ok(counts.max().unwrap_or(0))
-    }
-
-    /// Waits until its connection has shown that it lives.
-    fn goes_on(&mut self) -> Result<()> {
-        let before = self.answers()?;
-        let what = format!("{} to be answered after {before}", self.name);
-        wait::until(&what, || Ok((self.answers()? >= before + SOME).then_some(())))
-    }
-
-    /// Has it end, with an answer to everything.
-    fn finish(mut self) -> Result<()> {
-        drop(self.child.stdin.take());
-        let ended = wait::until("a client to end", || Ok(self.child.try_wait()?))?;
-        let said = self.said()?;
-        let last = said.lines().last().unwrap_or_default();
-        ensure!(ended.success() && last == "done", "{} ended with {ended}: {last}", self.name);
-        Ok(())
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // It may have ended already, which is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 /// Starts a Python program as a workload of host A.
 fn run(nets: &TwoNets, net: &[&str], script: &str, args: &[&str]) -> Result<()> {
-    let command = ["--", python()?, "-c", script];
+    let command = ["--", PYTHON, "-c", script];
     let args = [&["exec-process", NAME], net, &command, args].concat();
     nets.a.migctl(&args)?.ok().map(drop)
 }
 
 fn own_network() -> [String; 2] {
-    ["--net".to_owned(), format!("ip={ADDRESS}/24,bridge={BRIDGE}")]
+    served::own_network(ADDRESS)
 }
 
 fn hears(host: &Daemon, words: &str) -> Result<()> {
@@ -107,23 +40,19 @@ fn logs(host: &Daemon) -> Result<String> {
 }
 
 /// A server on host A, and a client on either host that it answers.
-fn serve(nets: &TwoNets) -> Result<[Program; 2]> {
-    let net = own_network();
-    run(nets, &[&net[0], &net[1]], SERVER, &[PORT])?;
-    hears(&nets.a, "listening")?;
-    let client = |side| Program::start(nets, side, CLIENT, &[ADDRESS, PORT]);
-    let mut clients = [client(Side::A)?, client(Side::B)?];
+fn serve(nets: &TwoNets) -> Result<[Beside; 2]> {
+    Kind::Process.serve(nets)?;
+    let mut clients = served::clients(nets)?;
     for client in &mut clients {
-        client.goes_on()?;
+        client.gets(SOME)?;
     }
     Ok(clients)
 }
 
 /// Moves the workload, as far as that goes.
 fn go(nets: &TwoNets, from: Side, options: &[&str]) -> Result<integration::migctl::Ran> {
-    let to = if from == Side::A { Side::B } else { Side::A };
     let options = [&["--mode", "stop"], options].concat();
-    migrate(nets.daemon(from), nets.daemon(to), NAME, &options)
+    migrate(nets.daemon(from), nets.daemon(from.other()), NAME, &options)
 }
 
 /// The codes of what a dry run from host A finds in the way.
@@ -135,26 +64,13 @@ fn blockers(nets: &TwoNets) -> Result<Vec<String>> {
     Ok(found.iter().filter_map(|b| b["code"].as_str()).map(ToOwned::to_owned).collect())
 }
 
-/// Ends the clients, then the server, which has had no connections but theirs, and
-/// checks that nothing stays.
-fn finish(nets: &TwoNets, at: Side, clients: [Program; 2]) -> Result<()> {
-    for client in clients {
-        client.finish()?;
-    }
-    let log = logs(nets.daemon(at))?;
-    ensure!(!log.contains("WRONG") && log.matches("accepted ").count() == 2, "{log}");
-    clear(nets, at)
+/// Ends the clients, then the server, and checks that nothing stays.
+fn finish(nets: &TwoNets, at: Side, clients: [Beside; 2]) -> Result<()> {
+    served::finish(nets, at, clients).map(drop)
 }
 
 fn clear(nets: &TwoNets, at: Side) -> Result<()> {
-    let host = nets.daemon(at);
-    host.migctl(&["stop", NAME, "--force"])?.ok()?;
-    host.migctl(&["rm", NAME])?.ok()?;
-    nets.expect_nothing_left(Side::A)?;
-    nets.expect_nothing_left(Side::B)?;
-    nets.a.done();
-    nets.b.done();
-    Ok(())
+    nets.remove(at, NAME)
 }
 
 #[test]
@@ -165,7 +81,7 @@ fn connections_live_on_through_ten_moves_of_their_server() -> Result<()> {
         for from in [Side::A, Side::B].into_iter().cycle().take(10) {
             go(nets, from, &[])?.ok()?;
             for client in &mut clients {
-                client.goes_on()?;
+                client.gets(SOME)?;
             }
             nets.expect_nothing_left(from)?;
         }
@@ -186,12 +102,12 @@ fn a_server_whose_destination_dies_keeps_its_connections() -> Result<()> {
         let moved = moving.wait()?;
         ensure!(moved.status != 0, "{}: {}", moved.command, moved.stdout);
         for client in &mut clients {
-            client.goes_on()?;
+            client.gets(SOME)?;
         }
         nets.expect_nothing_left(Side::B)?;
         go(nets, Side::A, &[])?.ok()?;
         for client in &mut clients {
-            client.goes_on()?;
+            client.gets(SOME)?;
         }
         finish(nets, Side::B, clients)
     })
@@ -211,9 +127,9 @@ fn lose_each_other(nets: &mut TwoNets, before: fn(&TwoNets) -> Result<()>) -> Re
     let moved = moving.wait()?;
     ensure!(moved.status != 0, "{}: {}", moved.command, moved.stdout);
     // The other one is at the far end of the cable.
-    clients[0].goes_on()?;
+    clients[0].gets(SOME)?;
     nets.connect(true)?;
-    clients[1].goes_on()?;
+    clients[1].gets(SOME)?;
     nets.expect_nothing_left(Side::B)?;
     finish(nets, Side::A, clients)
 }
@@ -301,7 +217,7 @@ sys.stdin.read()
         let net = own_network();
         run(nets, &[&net[0], &net[1]], SCRIPT, &[])?;
         hears(&nets.a, "listening")?;
-        let mut caller = Program::start(nets, Side::B, CALLER, &[ADDRESS])?;
+        let mut caller = Beside::start(nets, Side::B, CALLER, &[ADDRESS])?;
         wait::until("a connection", || Ok(caller.said()?.contains("connected").then_some(())))?;
         ensure!(blockers(nets)? == ["tcp-not-accepted"]);
         go(nets, Side::A, &[])?.expect(3, &["not accepted"])?;
@@ -313,11 +229,13 @@ sys.stdin.read()
         integration::migctl::Running::start(address, &console, Some("accept\n"))?.wait()?;
         hears(&nets.a, "accepted")?;
         go(nets, Side::A, &[])?.ok()?;
-        let mut input = caller.child.stdin.take().context("no standard input")?;
+        let mut input = caller.input().context("no standard input")?;
         std::io::Write::write_all(&mut input, b"ask\n")?;
         wait::until("an answer", || Ok(caller.said()?.contains("still here?").then_some(())))?;
+        // The server would end with its caller.
+        clear(nets, Side::B)?;
         drop(input);
-        clear(nets, Side::B)
+        Ok(())
     })
 }
 
@@ -348,7 +266,7 @@ sys.stdin.read()
 ";
     on_two_hosts(|nets| {
         nets.start()?;
-        let far = Program::start(nets, Side::B, LISTENER, &[])?;
+        let far = Beside::start(nets, Side::B, LISTENER, &[])?;
         let says = |word: &'static str| {
             let said = || Ok(far.said()?.contains(word).then_some(()));
             wait::until(&format!("the far end to say {word}"), said)

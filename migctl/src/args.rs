@@ -1,5 +1,6 @@
 //! The command line: every verb, its options and its help.
 
+mod container;
 mod process;
 
 use std::path::PathBuf;
@@ -7,8 +8,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use process::EXEC_PROCESS_AFTER_HELP;
-pub use process::{ExecProcessArgs, ProcessArgs, ProcessNet};
+use container::RUN_CONTAINER_AFTER_HELP;
+pub use container::{Rootfs, RunContainerArgs};
+use process::{ADOPT_AFTER_HELP, EXEC_PROCESS_AFTER_HELP};
+pub use process::{AdoptArgs, ExecProcessArgs, ProcessArgs, ProcessNet};
 
 use crate::units::{parse_address, parse_duration, parse_mac, parse_size};
 
@@ -69,6 +72,12 @@ pub enum Verb {
     /// Start a command as a workload: a process tree with a PID namespace of its own.
     #[command(after_help = EXEC_PROCESS_AFTER_HELP)]
     ExecProcess(ExecProcessArgs),
+    /// Start an OCI bundle as a workload, by runc.
+    #[command(after_help = RUN_CONTAINER_AFTER_HELP)]
+    RunContainer(RunContainerArgs),
+    /// Make a workload of a process that runs already, and of all below it.
+    #[command(after_help = ADOPT_AFTER_HELP)]
+    Adopt(AdoptArgs),
     /// List the workloads of the host.
     #[command(after_help = "Example:\n  migctl -o json list --all")]
     List(ListArgs),
@@ -150,14 +159,15 @@ Example:
   migctl force web --run-here --yes";
 
 const CHECKPOINT_AFTER_HELP: &str = "\
-The workload stands still while it is written, and goes on.
+The workload stands still while it is written, and goes on, or with --stop ends as by `migctl stop
+--force`. Of a process tree the directory has CRIU's files in DIR/images, for crit and for `restore`.
 
 Exit status: 0 written (with --dry-run: nothing stands in the way), 1 failed, 2 wrong usage,
 3 with --dry-run: something stands in the way.
 
 Examples:
   migctl checkpoint web --to /var/lib/snapshots/web-1
-  migctl checkpoint job --to /var/lib/snapshots/job-1 --file-locks
+  migctl checkpoint job --to /var/lib/snapshots/job-1 --file-locks --stop
   migctl -o json checkpoint job --to /var/lib/snapshots/job-1 --dry-run";
 
 #[derive(Debug, Args)]
@@ -333,11 +343,13 @@ pub struct MigrateArgs {
     /// The daemon to move it to, as the daemon at the source reaches it.
     #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
     pub to: String,
-    /// How memory gets to the destination; by default the best way that a workload of
-    /// its kind has: precopy for VMs, stop for process trees.
+    /// How memory gets to the destination; by default the best way that the workload has:
+    /// precopy for VMs and for large process trees whose memory the kernel tracks, else
+    /// stop.
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
-    /// Stop the workload when this downtime is predicted; by default the daemon chooses.
+    /// Stop the workload when this downtime is predicted; by default 50ms for VMs, and as
+    /// short as can be for process trees.
     #[arg(long, value_name = "DURATION", value_parser = parse_downtime)]
     pub max_downtime: Option<u32>,
     /// Give up, and stay at the source, when it takes longer.
@@ -392,6 +404,12 @@ pub struct CheckpointArgs {
     /// Directory on the daemon's host; must not exist, or be empty.
     #[arg(long, value_name = "DIR")]
     pub to: PathBuf,
+    /// Let it go on when it is written; the default.
+    #[arg(long, conflicts_with = "stop")]
+    pub leave_running: bool,
+    /// Stop it when the snapshot is complete and on disk; if that fails it goes on.
+    #[arg(long)]
+    pub stop: bool,
     #[command(flatten)]
     pub process: ProcessArgs,
     /// Only say what stands in the way; touches nothing.

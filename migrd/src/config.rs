@@ -29,6 +29,10 @@ pub struct ServeArgs {
     /// in PATH. A host without any runs no process trees.
     #[arg(long, value_name = "PATH", env = "MIGR_CRIU")]
     pub criu: Option<PathBuf>,
+    /// The runc that makes containers; without it, `runc` in PATH. A host without
+    /// any runs no containers.
+    #[arg(long, value_name = "PATH", env = "MIGR_RUNC")]
+    pub runc: Option<PathBuf>,
 }
 
 /// As many as CPUs, within reason: on two more lanes only get in each other's way.
@@ -94,7 +98,15 @@ mod tests {
     fn args(listen: &str, insecure: bool) -> ServeArgs {
         let listen = listen.parse().expect("an address");
         let state_dir = "/nowhere".into();
-        ServeArgs { listen, state_dir, insecure, trust_network: None, lanes: 2, criu: None }
+        ServeArgs {
+            listen,
+            state_dir,
+            insecure,
+            trust_network: None,
+            lanes: 2,
+            criu: None,
+            runc: None,
+        }
     }
 
     #[test]

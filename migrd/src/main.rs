@@ -28,6 +28,15 @@ enum Command {
     /// The first moments of a process tree; its keeper starts it.
     #[command(hide = true)]
     ProcessInit,
+    /// What runc takes for CRIU; runc starts it.
+    #[command(hide = true)]
+    CriuRelay(migrd::keeper::container::ShimArgs),
+    /// What is above the processes that were adopted; their keeper starts it.
+    #[command(hide = true)]
+    ProcessReaper {
+        /// The first of them.
+        root: u32,
+    },
 }
 
 fn main() -> ExitCode {
@@ -35,10 +44,14 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve(args),
         Command::VmmChild => migrd::vmm::entry::run().map_err(Into::into),
         Command::ProcessKeeper(args) => migrd::keeper::entry::run(&args).map_err(Into::into),
+        Command::CriuRelay(args) => migrd::keeper::container::shim(&args).map_err(Into::into),
         Command::ProcessInit => {
-            return u8::try_from(migrd::keeper::init::run())
-                .map_or(ExitCode::FAILURE, ExitCode::from);
+            return exit_code(migrd::keeper::init::run());
         }
+        Command::ProcessReaper { root } => match migrd::keeper::reaper::run(root) {
+            Ok(status) => return exit_code(status),
+            Err(error) => Err(error.into()),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -47,6 +60,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn exit_code(status: i32) -> ExitCode {
+    u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
 fn serve(args: ServeArgs) -> anyhow::Result<()> {

@@ -1,22 +1,26 @@
-//! What a move costs, beside a plain copy of as many bytes over loopback TCP,
-//! measured in the same run.
+//! What a move costs, measured in the same run: of a VM beside a plain copy of as many
+//! bytes over loopback TCP, of a process beside CRIU alone.
 
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use integration::daemon::Daemon;
 use integration::host_pair::HostPair;
 use integration::leaks::{status_kib, vm_processes};
-use integration::measure::{measured, plain_copy};
+use integration::measure::{Spread, measured, plain_copy, to_thousandth};
+use integration::process;
 use integration::scenario::Pulse;
 use integration::tidy;
 use serde::Serialize;
 
-/// Measures moves of a VM between two daemons on this machine.
+/// Measures moves of VMs and of a process between two daemons on this machine.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Moves of each guest; an even number ends where it began.
+    /// Moves of each; an even number ends where it began.
     #[arg(long, default_value_t = 6)]
     moves: u32,
+    /// Measure these only.
+    #[arg(long)]
+    only: Option<Kind>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
@@ -25,26 +29,17 @@ struct Args {
     check: bool,
 }
 
-/// The least, the middle and the greatest of several figures.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Spread {
-    min: f64,
-    median: f64,
-    max: f64,
+/// What is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// Virtual machines.
+    Vms,
+    /// A process.
+    Processes,
 }
 
-impl Spread {
-    fn of(figures: impl IntoIterator<Item = f64>) -> Result<Self> {
-        let mut sorted: Vec<f64> = figures.into_iter().map(to_thousandth).collect();
-        sorted.sort_by(f64::total_cmp);
-        let median = *sorted.get(sorted.len() / 2).context("no figures")?;
-        Ok(Self { min: sorted[0], median, max: sorted[sorted.len() - 1] })
-    }
-}
-
-fn to_thousandth(figure: f64) -> f64 {
-    (figure * 1000.0).round() / 1000.0
-}
+/// Memory of the process that is moved, in MiB.
+const PROCESS_MIB: u32 = 512;
 
 /// One guest's moves.
 #[derive(Clone, Debug, Serialize)]
@@ -62,7 +57,7 @@ struct Guest {
     total_to_plain_copy: Spread,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 struct Target {
     what: &'static str,
     limit: f64,
@@ -70,16 +65,29 @@ struct Target {
     met: bool,
 }
 
+impl Target {
+    fn new(what: &'static str, limit: f64, found: f64) -> Self {
+        Self { what, limit, found, met: found <= limit }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
-    ran_on: &'static str,
     moves: u32,
+    #[serde(flatten)]
+    vms: Option<Vms>,
+    process: Option<process::bench::Row>,
+    targets: Vec<Target>,
+}
+
+#[derive(Debug, Serialize)]
+struct Vms {
+    ran_on: &'static str,
     small: Guest,
     large: Guest,
     large_to_small: f64,
     vmm_beyond_guest_mib: f64,
     daemon_idle_mib: f64,
-    targets: Vec<Target>,
 }
 
 /// What one move took.
@@ -98,7 +106,18 @@ fn main() -> Result<()> {
     tidy::hold_signals()?;
     let args = Args::parse();
     ensure!(args.moves >= 2 && args.moves.is_multiple_of(2), "--moves must be even, and 2 or more");
-    let report = bench(args.moves)?;
+    let vms = if args.only == Some(Kind::Processes) { None } else { Some(bench(args.moves)?) };
+    let process = if args.only == Some(Kind::Vms) {
+        None
+    } else {
+        let plan = process::bench::Plan { memory: PROCESS_MIB, moves: args.moves };
+        Some(process::bench::run(plan, |text| eprintln!("{text}"))?)
+    };
+    let targets = [
+        vms.iter().flat_map(vm_targets).collect::<Vec<_>>(),
+        process.iter().flat_map(process_targets).collect(),
+    ];
+    let report = Report { moves: args.moves, vms, process, targets: targets.concat() };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
@@ -109,7 +128,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn bench(moves: u32) -> Result<Report> {
+fn bench(moves: u32) -> Result<Vms> {
     let pair = HostPair::start()?;
     tidy::end_on_signal(&pair)?;
     let idle = status_kib(pair.a.pid()?, "VmRSS:")?.max(status_kib(pair.b.pid()?, "VmRSS:")?);
@@ -134,7 +153,7 @@ fn bench(moves: u32) -> Result<Report> {
     pair.a.migctl(&["stop", large.name, "--force"])?.ok()?;
     pair.a.migctl(&["rm", large.name])?.ok()?;
     pair.finish(small.name)?;
-    report(moves, guest(&small, &of_small)?, guest(&large, &of_large)?, beyond, idle)
+    vms(guest(&small, &of_small)?, guest(&large, &of_large)?, beyond, idle)
 }
 
 /// Resident memory of the one VM process of `host` that is not the guest's.
@@ -190,32 +209,39 @@ fn guest(pulse: &Pulse, samples: &[Sample]) -> Result<Guest> {
     })
 }
 
-fn report(moves: u32, small: Guest, large: Guest, beyond: u64, idle: u64) -> Result<Report> {
+fn vms(small: Guest, large: Guest, beyond: u64, idle: u64) -> Result<Vms> {
     let mib = |kib: u64| Ok::<_, anyhow::Error>(f64::from(u32::try_from(kib)?) / 1024.0);
     let (beyond, idle) = (to_thousandth(mib(beyond)?), to_thousandth(mib(idle)?));
-    let ratio = to_thousandth(large.total_ms.median / small.total_ms.median);
-    let target = |what, limit: f64, found: f64| Target { what, limit, found, met: found <= limit };
-    let targets = vec![
-        target("median gap that the guest sees, ms", 25.0, small.guest_gap_ms.median),
-        target("median total, plain copies", 3.0, small.total_to_plain_copy.median),
-        target("4 GiB guest, times the 1 GiB one", 1.2, ratio),
-        target("VM process beyond the guest, MiB", 12.0, beyond),
-        target("idle daemon, MiB", 40.0, idle),
-    ];
-    Ok(Report {
+    Ok(Vms {
         ran_on: "real KVM",
-        moves,
+        large_to_small: to_thousandth(large.total_ms.median / small.total_ms.median),
         small,
         large,
-        large_to_small: ratio,
         vmm_beyond_guest_mib: beyond,
         daemon_idle_mib: idle,
-        targets,
     })
 }
 
+fn vm_targets(vms: &Vms) -> Vec<Target> {
+    vec![
+        Target::new("median gap that the guest sees, ms", 25.0, vms.small.guest_gap_ms.median),
+        Target::new("median total, plain copies", 3.0, vms.small.total_to_plain_copy.median),
+        Target::new("4 GiB guest, times the 1 GiB one", 1.2, vms.large_to_small),
+        Target::new("VM process beyond the guest, MiB", 12.0, vms.vmm_beyond_guest_mib),
+        Target::new("idle daemon, MiB", 40.0, vms.daemon_idle_mib),
+    ]
+}
+
+fn process_targets(row: &process::bench::Row) -> Vec<Target> {
+    vec![
+        Target::new("process frozen, times CRIU alone", 0.6, row.frozen_to_plain.median),
+        Target::new("daemon and keeper of a process, MiB", 64.0, row.own_memory_mib),
+        Target::new("written to a disk in its move, MiB", 1.0, row.written_mib),
+    ]
+}
+
 fn print(report: &Report) {
-    for guest in [&report.small, &report.large] {
+    for guest in report.vms.iter().flat_map(|vms| [&vms.small, &vms.large]) {
         println!(
             "\nGuest of {} MiB, {} MiB filled, {} MiB hot; {} moves{:>13}{:>10}{:>10}",
             guest.memory_mib, guest.filled_mib, guest.hot_mib, report.moves, "min", "median", "max"
@@ -230,8 +256,26 @@ fn print(report: &Report) {
             ("plain TCP copy of as many bytes, ms", guest.plain_copy_ms),
             ("total / plain copy", guest.total_to_plain_copy),
         ] {
-            let Spread { min, median, max } = spread;
-            println!("  {label:<58}{min:>10.1}{median:>10.1}{max:>10.1}");
+            line(label, spread);
+        }
+    }
+    if let Some(row) = &report.process {
+        println!(
+            "\nProcess of {} MiB, mode stop; {} moves{:>24}{:>10}{:>10}",
+            row.memory_mib, row.moves, "min", "median", "max"
+        );
+        for (label, spread) in [
+            ("frozen, ms", row.frozen_ms),
+            ("  of that: pause", row.pause_ms),
+            ("  memory", row.memory_ms),
+            ("  restore", row.restore_ms),
+            ("frozen with CRIU alone, ms", row.plain_ms),
+            ("  dump to memory", row.plain_dump_ms),
+            ("  copy over loopback TCP", row.plain_copy_ms),
+            ("  restore", row.plain_restore_ms),
+            ("frozen / frozen with CRIU alone, pair by pair", row.frozen_to_plain),
+        ] {
+            line(label, spread);
         }
     }
     println!("\nTargets{:>48}{:>10}", "limit", "found");
@@ -239,4 +283,8 @@ fn print(report: &Report) {
         let verdict = if target.met { "met" } else { "MISSED" };
         println!("  {:<43}{:>10.1}{:>10.1}  {verdict}", target.what, target.limit, target.found);
     }
+}
+
+fn line(label: &str, Spread { min, median, max }: Spread) {
+    println!("  {label:<58}{min:>10.1}{median:>10.1}{max:>10.1}");
 }

@@ -1,20 +1,27 @@
 //! Moves a running VM between two daemons on this machine, there and back, and
-//! shows what the guest saw of it. `integration/demo.sh` builds and starts it.
+//! shows what the guest saw of it; then a process tree and a container with a client,
+//! between two network namespaces. `integration/demo.sh` builds and starts it.
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use integration::host_pair::HostPair;
 use integration::measure::{self, Measured};
+use integration::process::served::Kind;
+use integration::process::show::{self, Act};
 use integration::scenario::{Pulse, Summary, expect_alive};
 use integration::tidy;
 use serde_json::{Value, json};
 
-/// Moves a VM there and back between two daemons on this machine.
+/// Moves a VM, and then a process tree and a container, there and back between two
+/// daemons on this machine.
 #[derive(Debug, Parser)]
 struct Args {
     /// Print one JSON object on stdout; what happens goes to stderr.
     #[arg(long)]
     json: bool,
+    /// Leave out process tree and container, for this reason.
+    #[arg(long, value_name = "REASON")]
+    without_process: Option<String>,
 }
 
 fn main() -> Result<()> {
@@ -44,12 +51,32 @@ fn main() -> Result<()> {
     let heartbeats = expect_alive(&pair.a, pulse.name, 20)?;
     pair.finish(pulse.name)?;
 
+    let acts = match &args.without_process {
+        Some(reason) => Err(reason.as_str()),
+        None => {
+            eprintln!("second act: two hosts with networks of their own");
+            let tell = |text: &str| eprintln!("{text}");
+            Ok([show::run(Kind::Process, tell)?, show::run(Kind::Container, tell)?])
+        }
+    };
+
     let moves = [("a to b", &there), ("b to a", &back)];
     if args.json {
-        println!("{}", object(&moves, heartbeats)?);
+        let mut object = object(&moves, heartbeats)?;
+        for (kind, number) in [(Kind::Process, 0), (Kind::Container, 1)] {
+            object[kind.name()] = match &acts {
+                Ok(acts) => acts[number].object(),
+                Err(reason) => json!({ "outcome": "left out", "reason": reason }),
+            };
+        }
+        println!("{object}");
     } else {
         print_heartbeats(&moves);
         print_table(&moves, heartbeats)?;
+        match &acts {
+            Ok(acts) => acts.iter().try_for_each(print_act)?,
+            Err(reason) => println!("\nNo process tree or container was moved: {reason}"),
+        }
     }
     let wrong = "the demo did not do what it shows";
     ensure!(moves.iter().all(|(_, m)| m.result["verified"] == true), "{wrong}");
@@ -132,5 +159,26 @@ fn print_table(moves: &[(&str, &Measured)], heartbeats: Summary) -> Result<()> {
         heartbeats.first, heartbeats.last, heartbeats.lost, heartbeats.repeated
     );
     println!("downtime includes hashing all memory at both ends (--verify)");
+    Ok(())
+}
+
+fn print_act(act: &Act) -> Result<()> {
+    println!(
+        "\nA {} with a network of its own, moved by CRIU {} while a client counted:",
+        act.kind.name(),
+        act.criu
+    );
+    println!("{:<8}{:>10}{:>12}{:>14}{:>10}", "way", "total", "downtime", "client waited", "MiB");
+    for show::Shown { way, result, wait_ms } in &act.moves {
+        let figure = |name: &str| result[name].as_f64().with_context(|| format!("no {name}"));
+        println!(
+            "{way:<8}{:>7.0} ms{:>9.1} ms{:>11.1} ms{:>10.1}",
+            figure("total_ms")?,
+            figure("downtime_ms")?,
+            wait_ms,
+            figure("bytes_on_wire")? / f64::from(1 << 20),
+        );
+    }
+    println!("{} answers over one connection: none lost, none twice, all in order", act.answers);
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, killpg};
@@ -21,6 +21,9 @@ use super::still_vm::StillVm;
 
 /// How long to wait before looking again whether somebody has connected.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How long nobody must be connected for a program that runs in the foreground to be
+/// killed.
+const ALONE: Duration = Duration::from_secs(2);
 
 /// Serves every channel for ever.
 ///
@@ -106,16 +109,28 @@ fn serve_port(port: File) -> Result<()> {
     let session: Shared = Arc::new(Mutex::new(Session { number: 0, port: port.try_clone()? }));
     let mut input = BufReader::new(port);
     let mut job: Option<Job> = None;
+    let mut alone: Option<Instant> = None;
     loop {
         // At the end of the stream nobody is connected any more, or yet. What
         // is no request is the torn end of a session.
+        let asked = Instant::now();
         let Ok(Some(request)) = protocol::receive(&mut input, true) else {
-            if let Some(job) = job.take() {
+            // That the session before was closed may be heard only when the next one
+            // has begun: the kernel is told so beside the stream. Then there is more to
+            // read at once, or a wait for it.
+            let since = match alone {
+                Some(since) if asked.elapsed() < ALONE / 4 => since,
+                _ => *alone.insert(Instant::now()),
+            };
+            if since.elapsed() > ALONE
+                && let Some(job) = job.take()
+            {
                 job.kill();
             }
             std::thread::sleep(PAUSE);
             continue;
         };
+        alone = None;
         let number = session.lock().unwrap_or_else(PoisonError::into_inner).number;
         match request {
             Request::Hello { nonce } => {

@@ -46,6 +46,8 @@ const MODULES: &[&str] = &[
     "netlink_diag",
     "af_packet_diag",
     "raw_diag",
+    // And about connections that the kernel tracks, where a tree has its own network.
+    "nf_conntrack_netlink",
 ];
 
 /// The modules for each maker's CPUs. `init.sh` loads one of them last.

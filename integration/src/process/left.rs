@@ -134,15 +134,17 @@ pub fn what_is_left(state_dir: &Path, host_id: &str) -> Result<Vec<String>> {
         let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
         left.extend(names.filter(|n| n.starts_with(&of_host)).map(|n| format!("cgroup {n}")));
     }
-    let places = fs::read_dir(state_dir.join("processes")).into_iter().flatten().flatten();
-    left.extend(places.map(|place| format!("directory {}", place.path().display())));
+    for parent in ["processes", "containers", "runc"] {
+        let places = fs::read_dir(state_dir.join(parent)).into_iter().flatten().flatten();
+        left.extend(places.map(|place| format!("directory {}", place.path().display())));
+    }
     Ok(left)
 }
 
-/// Where cgroup v2 is mounted.
+/// Where cgroups are mounted: v2, and the v1 that runc uses where there is any.
 fn cgroup_roots() -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     let words = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-    let roots = words.filter(|words| words.get(2) == Some(&"cgroup2"));
+    let roots = words.filter(|words| matches!(words.get(2), Some(&"cgroup2" | &"cgroup")));
     Ok(roots.filter_map(|words| words.get(1).map(PathBuf::from)).collect())
 }

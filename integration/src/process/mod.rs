@@ -1,7 +1,14 @@
 //! Process trees that CRIU moves, and what their output says about a life in
 //! several places.
 
+pub mod bench;
+pub mod container;
+pub mod crit;
 pub mod left;
+pub mod served;
+pub mod show;
+pub mod snapshot;
+pub mod soak;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;

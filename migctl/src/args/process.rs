@@ -21,6 +21,34 @@ Examples:
   migctl exec-process job --cwd /srv --env LANG=C.UTF-8 --env DEBUG=1 -- ./job
   migctl exec-process db --net ip=10.0.0.5/24,bridge=br0,gateway=10.0.0.1 -- redis-server";
 
+pub(super) const ADOPT_AFTER_HELP: &str = "\
+The process and all below it stand still for a moment, in which a copy of them is made that has the
+same numbers in a PID namespace of its own; then the original is killed. Until the copy is complete
+the original goes on after any failure. Whoever started it sees it end by SIGKILL.
+
+Exit status: 0 adopted (with --dry-run: nothing stands in the way), 1 failed, 2 wrong usage,
+3 refused before anything was touched: something stands in the way.
+
+Examples:
+  migctl adopt 4711 --name job --dry-run
+  migctl adopt 4711 --name job";
+
+#[derive(Debug, Args)]
+pub struct AdoptArgs {
+    /// Number of its first process, on the daemon's host.
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub pid: u32,
+    /// Name of the new workload.
+    #[arg(long)]
+    pub name: String,
+    /// Largest deleted file to carry that is still open; by default 1M.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub ghost_limit: Option<u64>,
+    /// Only say what stands in the way; touches nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
 #[derive(Debug, Args)]
 pub struct ExecProcessArgs {
     /// Name of the new workload.
@@ -60,7 +88,7 @@ pub struct ProcessNet {
     pub mac: Option<[u8; 6]>,
 }
 
-fn parse_process_net(text: &str) -> Result<ProcessNet, String> {
+pub(super) fn parse_process_net(text: &str) -> Result<ProcessNet, String> {
     let mut net = ProcessNet::default();
     for part in text.split(',') {
         match part.split_once('=') {

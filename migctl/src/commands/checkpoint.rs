@@ -16,7 +16,9 @@ pub async fn run(ctx: &Context, args: CheckpointArgs) -> Result<u8, Failure> {
         name: args.name,
         dry_run: args.dry_run,
         process: Some(options(args.process)),
+        stop: args.stop,
     };
+    let stop = request.stop;
     let (name, directory) = (request.name.clone(), request.directory.clone());
     let doing = format!("cannot checkpoint {name}");
     let client = ctx.connect(&doing).await?;
@@ -25,7 +27,7 @@ pub async fn run(ctx: &Context, args: CheckpointArgs) -> Result<u8, Failure> {
     if args.dry_run {
         planned(ctx, name, directory, reply)
     } else {
-        written(ctx, &name, &directory, &reply)
+        written(ctx, &name, &directory, stop, &reply)
     }
 }
 
@@ -46,6 +48,7 @@ fn written(
     ctx: &Context,
     name: &str,
     directory: &str,
+    stopped: bool,
     reply: &CheckpointReply,
 ) -> Result<u8, Failure> {
     let object = serde_json::json!({
@@ -54,12 +57,14 @@ fn written(
         "bytes_written": reply.bytes_written,
         "pages_written": reply.pages_written,
         "paused_ms": reply.paused_ms,
+        "stopped": stopped,
     });
     print(ctx.format, &object, || {
         format!(
-            "{} is saved in {}: {} in {} pages, paused for {}",
+            "{} is saved in {}{}: {} in {} pages, paused for {}",
             plain(name),
             plain(directory),
+            if stopped { " and stopped" } else { "" },
             show_bytes(reply.bytes_written),
             reply.pages_written,
             show_ms(reply.paused_ms)

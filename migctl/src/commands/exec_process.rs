@@ -20,7 +20,7 @@ pub async fn run(ctx: &Context, args: ExecProcessArgs) -> Result<u8, Failure> {
     ctx.workload(&client, &doing, reply)
 }
 
-fn net(net: ProcessNet) -> v1::ProcessNet {
+pub(super) fn net(net: ProcessNet) -> v1::ProcessNet {
     let ProcessNet { address, bridge, gateway, mac } = net;
     v1::ProcessNet {
         address,

@@ -1,6 +1,7 @@
 //! Owns the verbs, one file each: arguments to request, reply to output. They
 //! may not print but through `output` and `failure`.
 
+mod adopt;
 mod cancel;
 mod checkpoint;
 mod completions;
@@ -17,6 +18,7 @@ mod restore;
 mod resume;
 mod rm;
 mod run;
+mod run_container;
 mod stop;
 mod version;
 mod watch;
@@ -67,6 +69,8 @@ pub async fn run(cli: Cli) -> Result<u8, Failure> {
     match cli.verb {
         Verb::Run(args) => run::run(&ctx, args).await,
         Verb::ExecProcess(args) => exec_process::run(&ctx, args).await,
+        Verb::RunContainer(args) => run_container::run(&ctx, args).await,
+        Verb::Adopt(args) => adopt::run(&ctx, args).await,
         Verb::List(args) => list::run(&ctx, &args).await,
         Verb::Inspect(args) => inspect::run(&ctx, args).await,
         Verb::Logs(args) => logs::run(&ctx, args).await,

@@ -3,7 +3,8 @@
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::json::{
-    Blocker, CheckpointPlan, Host, Inspection, Migration, Outcome, Plan, Process, Workload,
+    AdoptPlan, Blocker, CheckpointPlan, Host, Inspection, Migration, Outcome, Plan, Process,
+    Workload,
 };
 use crate::units::{plain, show_bytes, show_ms};
 
@@ -105,7 +106,12 @@ fn process(inspection: &Inspection, process: &Process) -> Vec<(&'static str, Str
             format!("{} in {}{more}", net.ip, net.bridge)
         },
     );
-    vec![
+    // What a bundle says of its network is not known here.
+    let net = match (&process.net, &process.container) {
+        (None, Some(_)) => "as its bundle says".to_owned(),
+        _ => net,
+    };
+    let mut facts = vec![
         ("command", words.join(" ")),
         ("directory", process.cwd.clone()),
         ("network", net),
@@ -113,7 +119,15 @@ fn process(inspection: &Inspection, process: &Process) -> Vec<(&'static str, Str
         ("processes", process.processes.to_string()),
         ("memory", show_bytes(inspection.memory_populated_bytes)),
         ("keeper overhead", show_bytes(inspection.vmm_overhead_bytes)),
-    ]
+    ];
+    if let Some(container) = &process.container {
+        facts.extend([
+            ("bundle", container.bundle.clone()),
+            ("root file system", container.rootfs.clone()),
+            ("container of runc", container.runc_id.clone()),
+        ]);
+    }
+    facts
 }
 
 fn pid(pid: Option<u32>) -> String {
@@ -153,6 +167,7 @@ pub fn migration(result: &Migration) -> String {
     };
     let mut facts = vec![("outcome", result.outcome.name().to_owned())];
     if let Some(total) = result.total_ms.filter(|_| result.blockers.is_empty()) {
+        facts.push(("mode", with_reason(result.mode, result.mode_reason.as_deref())));
         facts.push(("total", show_ms(total)));
         facts.push(("downtime", downtime(result)));
         facts.push(("rounds", rounds(result)));
@@ -171,6 +186,10 @@ pub fn migration(result: &Migration) -> String {
         text.push_str(&self::blocker(blocker));
     }
     text
+}
+
+fn with_reason(mode: &str, reason: Option<&str>) -> String {
+    reason.map_or_else(|| mode.to_owned(), |reason| format!("{mode}: {}", plain(reason)))
 }
 
 fn downtime(result: &Migration) -> String {
@@ -229,21 +248,35 @@ pub fn plan(plan: &Plan) -> String {
         .map_or_else(|| "not measured".to_owned(), |rate| format!("{}/s", show_bytes(rate)));
     let predicted =
         |ms: Option<f64>| ms.map_or_else(|| "not known before a first migration".into(), show_ms);
+    let allowed = match plan.max_downtime_ms {
+        ms if ms > 0.0 => show_ms(ms),
+        _ => "as short as can be".to_owned(),
+    };
     let facts = [
         ("source", plan.source.clone()),
         ("destination", plan.destination.clone()),
-        ("mode", plan.mode.to_owned()),
+        ("mode", with_reason(plan.mode, plan.mode_reason.as_deref())),
         ("memory", show_bytes(plan.memory_bytes)),
         ("memory touched", show_bytes(plan.populated_bytes)),
         ("destination free", show_bytes(plan.destination_free_bytes)),
         ("link rate", rate),
         ("predicted total", predicted(plan.predicted_total_ms)),
         ("predicted downtime", predicted(plan.predicted_downtime_ms)),
-        ("allowed downtime", show_ms(plan.max_downtime_ms)),
+        ("allowed downtime", allowed),
     ];
     let mut text = format!("{} {verdict}; nothing was touched", plain(&plan.workload));
     text.push('\n');
     text.push_str(&aligned(&facts));
+    for blocker in &plan.blockers {
+        text.push_str(&self::blocker(blocker));
+    }
+    text
+}
+
+/// `adopt` that was refused, or `--dry-run`.
+pub fn adopt_plan(plan: &AdoptPlan) -> String {
+    let verdict = if plan.possible { "can be adopted" } else { "cannot be adopted" };
+    let mut text = format!("process {} {verdict}; nothing was touched", plan.pid);
     for blocker in &plan.blockers {
         text.push_str(&self::blocker(blocker));
     }

@@ -368,6 +368,17 @@ impl Control for Service {
         }))
     }
 
+    async fn run_container(&self, request: Request<RunContainerRequest>) -> Answer<Workload> {
+        let request = request.into_inner();
+        self.note(&request);
+        Ok(Response::new(Workload {
+            kind: WorkloadKind::Container.into(),
+            memory_bytes: 0,
+            cpus: 0,
+            ..workload(&request.name, WorkloadState::Running)
+        }))
+    }
+
     async fn list(&self, request: Request<ListRequest>) -> Answer<ListReply> {
         let all = request.into_inner().include_gone;
         let mut workloads = self.script.workloads.clone();
@@ -459,6 +470,15 @@ impl Control for Service {
 
     async fn remove(&self, request: Request<WorkloadName>) -> Answer<RemoveReply> {
         self.found(&request.into_inner()).map(|_| Response::new(RemoveReply {}))
+    }
+
+    async fn adopt(&self, request: Request<AdoptRequest>) -> Answer<AdoptReply> {
+        let request = request.into_inner();
+        self.note(&request);
+        let blockers = self.script.checkpoint_blockers.clone();
+        let adopted = !request.dry_run && blockers.is_empty();
+        let workload = adopted.then(|| workload(&request.name, WorkloadState::Running));
+        Ok(Response::new(AdoptReply { workload, blockers }))
     }
 
     async fn checkpoint(&self, request: Request<CheckpointRequest>) -> Answer<CheckpointReply> {

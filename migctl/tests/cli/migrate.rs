@@ -40,7 +40,7 @@ fn a_completed_migration_prints_the_documented_object() {
         run.object(),
         json!({
             "migration_id": "m-1", "workload": "web", "kind": "vm", "mode": "precopy",
-            "outcome": "completed", "source": "a:1", "destination": "b:1", "epoch": 2,
+            "mode_reason": null, "outcome": "completed", "source": "a:1", "destination": "b:1", "epoch": 2,
             "total_ms": 812.4, "downtime_ms": 9.1,
             "downtime_breakdown_ms":
                 {"pause": 0.3, "memory": 6.0, "state": 0.9, "restore": 1.2, "resume": 0.7, "verify": 0.0},

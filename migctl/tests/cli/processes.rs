@@ -30,6 +30,7 @@ fn some() -> Fake {
         net: Some(net()),
         pid: 4711,
         processes: 3,
+        container: None,
     };
     let inspect = Some(InspectReply {
         workload: Some(job.clone()),

@@ -140,7 +140,20 @@ fn verbs_that_change_a_workload_show_it() {
     let cancel = fake.migctl(&["-o", "json", "cancel", "web"]).object();
     assert_eq!(cancel, json!({"workload": "web", "migration_id": "m-1", "cancelling": true}));
     let saved = fake.migctl(&["-o", "json", "checkpoint", "web", "--to", "/s"]).object();
-    assert_eq!(saved["pages_written"], 1);
+    assert_eq!((&saved["pages_written"], &saved["stopped"]), (&1.into(), &false.into()));
+}
+
+#[test]
+fn a_checkpoint_leaves_a_workload_running_unless_it_is_to_stop_it() {
+    let fake = some();
+    for (option, stops) in [("--leave-running", false), ("--stop", true)] {
+        let saved = fake.migctl(&["checkpoint", "web", "--to", "/s", option]);
+        assert_eq!(saved.stdout.contains("and stopped"), stops, "{}", saved.stdout);
+    }
+    let asked: Vec<_> = fake.requests().iter().map(|r| r.contains("stop: true")).collect();
+    assert_eq!(asked, [false, true]);
+    let both = fake.migctl(&["checkpoint", "web", "--to", "/s", "--stop", "--leave-running"]);
+    assert_eq!(both.status, 2);
 }
 
 #[test]

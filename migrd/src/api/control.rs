@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::output::{Chunks, Events, events, tail};
 use super::status::invalid;
-use super::{convert, orders, process_orders, status};
+use super::{adoption, container_orders, convert, orders, process_orders, status};
 use crate::checkpoint;
 use crate::migration::destination::Arrivals;
 use crate::migration::journal::Identity;
@@ -27,6 +27,7 @@ pub struct ControlService {
     arrivals: Arrivals,
     vms: VmEngine,
     pub(super) processes: Option<Arc<dyn Starts>>,
+    containers: Option<Arc<dyn Starts>>,
     pub(super) peers: Peers,
 }
 
@@ -41,7 +42,13 @@ impl ControlService {
         processes: Option<Arc<dyn Starts>>,
         peers: Peers,
     ) -> Self {
-        Self { registry, arrivals, vms, processes, peers }
+        Self { registry, arrivals, vms, processes, containers: None, peers }
+    }
+
+    /// It starts containers too.
+    #[must_use]
+    pub fn with_containers(self, containers: Arc<dyn Starts>) -> Self {
+        Self { containers: Some(containers), ..self }
     }
 
     fn refused(&self, error: &crate::registry::RegistryError) -> Status {
@@ -66,6 +73,43 @@ impl ControlService {
             (Some(processes), None) => Ok(processes.clone()),
             (_, problem) => Err(status::no_criu(self.here(), problem.unwrap_or_default())),
         }
+    }
+
+    /// What starts containers.
+    fn containers(&self) -> Result<Arc<dyn Starts>, Status> {
+        let Some(containers) = &self.containers else {
+            return Err(status::no_criu(self.here(), self.criu_problem().unwrap_or_default()));
+        };
+        match containers.problem() {
+            None => Ok(containers.clone()),
+            Some(problem) => Err(status::no_containers(self.here(), problem)),
+        }
+    }
+
+    /// Makes a new process tree or container.
+    async fn start(
+        &self,
+        engine: Arc<dyn Starts>,
+        kind: Kind,
+        name: String,
+        config: proto::ProcessConfig,
+    ) -> Result<Response<proto::Workload>, Status> {
+        let id = WorkloadId::random();
+        let manifest = Manifest {
+            workload: id,
+            name: name.clone(),
+            kind,
+            // They are only known when it moves, and so is its memory.
+            streams: Vec::new(),
+            config: config.encode_to_vec(),
+            memory_bytes: 0,
+            cpus: 0,
+            paused: false,
+            created_unix_ms: unix_ms(),
+            needs: Vec::new(),
+        };
+        let made = async move { engine.create(id, &name, &config).await };
+        self.create(manifest, made).await
     }
 
     /// Makes a new workload under the name and in the memory of `manifest`, and
@@ -143,22 +187,37 @@ impl Control for ControlService {
         let request = request.into_inner();
         let config = process_orders::process(self.here(), &request)?;
         let processes = self.processes()?;
+        self.start(processes, Kind::Process, request.name, config).await
+    }
+
+    async fn run_container(
+        &self,
+        request: Request<proto::RunContainerRequest>,
+    ) -> Result<Response<proto::Workload>, Status> {
+        let request = request.into_inner();
+        let (name, here) = (request.name.clone(), self.here().to_owned());
+        let containers = self.containers()?;
+        // The bundle may be on slow storage.
+        let read = tokio::task::spawn_blocking(move || container_orders::read(&here, &request));
+        let config = read.await.map_err(|e| Status::internal(e.to_string()))??;
+        self.start(containers, Kind::Container, name, config).await
+    }
+
+    async fn adopt(
+        &self,
+        request: Request<proto::AdoptRequest>,
+    ) -> Result<Response<proto::AdoptReply>, Status> {
+        let request = request.into_inner();
+        let processes = self.processes()?;
+        let (candidate, blockers) = adoption::look(self.here(), &request).await?;
+        if request.dry_run || !blockers.is_empty() {
+            return Ok(Response::new(proto::AdoptReply { workload: None, blockers }));
+        }
         let id = WorkloadId::random();
-        let manifest = Manifest {
-            workload: id,
-            name: request.name.clone(),
-            kind: Kind::Process,
-            // They are only known when it moves, and so is its memory.
-            streams: Vec::new(),
-            config: config.encode_to_vec(),
-            memory_bytes: 0,
-            cpus: 0,
-            paused: false,
-            created_unix_ms: unix_ms(),
-            needs: Vec::new(),
-        };
-        let made = async move { processes.create(id, &request.name, &config).await };
-        self.create(manifest, made).await
+        let manifest = adoption::manifest(id, request.name, &candidate);
+        let made = async move { processes.adopt(id, &candidate).await };
+        let workload = Some(self.create(manifest, made).await?.into_inner());
+        Ok(Response::new(proto::AdoptReply { workload, blockers }))
     }
 
     async fn list(
@@ -191,7 +250,10 @@ impl Control for ControlService {
         };
         Ok(Response::new(match status.identity.kind {
             Kind::Vm => convert::vm(common, &status.identity.config, &footprint),
-            Kind::Process => convert::process(common, &status.identity.config, &footprint),
+            Kind::Process | Kind::Container => {
+                let identity = &status.identity;
+                convert::process(identity.id, common, &identity.config, &footprint)
+            }
         }))
     }
 
@@ -235,8 +297,7 @@ impl Control for ControlService {
         request: Request<proto::MigrateRequest>,
     ) -> Result<Response<proto::MigrationPlan>, Status> {
         let request = request.into_inner();
-        let kind = self.registry.find(&request.name).map_err(|e| self.refused(&e))?.identity.kind;
-        let (peer, order) = orders::migration(self.here(), &self.peers, &request, kind)?;
+        let (peer, order) = orders::migration(self.here(), &self.peers, &request)?;
         let plan = self.registry.plan(&request.name, peer, order).await;
         let plan = plan.map_err(|e| self.refused(&e))?;
         let status = self.registry.find(&request.name).map_err(|e| self.refused(&e))?;
@@ -244,7 +305,6 @@ impl Control for ControlService {
         Ok(Response::new(convert::plan(&convert::Planned {
             status: &status,
             plan: &plan,
-            mode: convert::mode(order.mode),
             here: self.here(),
             to: &request.to,
             populated_bytes: footprint.populated_bytes,
@@ -258,7 +318,7 @@ impl Control for ControlService {
     ) -> Result<Response<Self::MigrateStream>, Status> {
         let request = request.into_inner();
         let kind = self.registry.find(&request.name).map_err(|e| self.refused(&e))?.identity.kind;
-        let (peer, order) = orders::migration(self.here(), &self.peers, &request, kind)?;
+        let (peer, order) = orders::migration(self.here(), &self.peers, &request)?;
         let watching = self.registry.migrate(&request.name, peer, order).await;
         let watching = watching.map_err(|e| self.refused(&e))?;
         Ok(Response::new(events(watching, request.name, kind)))
@@ -337,7 +397,8 @@ impl Control for ControlService {
         }
         let registry = self.registry.clone();
         let written = to_the_end(async move {
-            checkpoint::write(&registry, &request.name, &directory, options).await
+            let how = checkpoint::How { process: options, ends: request.stop };
+            checkpoint::write(&registry, &request.name, &directory, how).await
         });
         let written = written.await.map_err(|e| status::checkpoint(self.here(), &e))?;
         Ok(Response::new(proto::CheckpointReply {

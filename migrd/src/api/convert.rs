@@ -5,10 +5,13 @@ use std::time::Duration;
 use migr_proto::v1 as proto;
 use prost::Message;
 
+use crate::keeper::container::Spec;
 use crate::migration::link::Blocker;
 use crate::migration::phase::{Breakdown, Mode, Outcome, Phase, Progress, Report};
 use crate::migration::plan::Plan;
+use crate::migration::policy::DEFAULT_MAX_DOWNTIME;
 use crate::registry::{State, Status};
+use crate::units::WorkloadId;
 use crate::workload::vm::cpu;
 use crate::workload::{Footprint, Kind};
 
@@ -16,6 +19,7 @@ pub(super) fn kind(kind: Kind) -> proto::WorkloadKind {
     match kind {
         Kind::Vm => proto::WorkloadKind::Vm,
         Kind::Process => proto::WorkloadKind::Process,
+        Kind::Container => proto::WorkloadKind::Container,
     }
 }
 
@@ -83,16 +87,25 @@ pub(super) fn vm(
     }
 }
 
-/// The part of `common` that only a process tree has.
+/// The part of `common` that only process trees and containers have.
 pub(super) fn process(
+    id: WorkloadId,
     common: proto::InspectReply,
     config: &[u8],
     footprint: &Footprint,
 ) -> proto::InspectReply {
-    let proto::ProcessConfig { version: _, argv, env: _, cwd, net } =
+    let proto::ProcessConfig { version: _, argv, env: _, cwd, net, container, adopted: _ } =
         proto::ProcessConfig::decode(config).unwrap_or_default();
     let Footprint { pid, processes, .. } = *footprint;
-    let process = proto::ProcessInfo { argv, cwd, net, pid, processes };
+    let container = container.map(|container| {
+        let spec = Spec::parse(&container.spec).ok();
+        proto::ContainerInfo {
+            bundle: container.bundle,
+            rootfs: spec.map_or_else(String::new, |spec| spec.rootfs().display().to_string()),
+            runc_id: id.to_string(),
+        }
+    });
+    let process = proto::ProcessInfo { argv, cwd, net, pid, processes, container };
     proto::InspectReply { process: Some(process), ..common }
 }
 
@@ -213,6 +226,7 @@ pub(super) fn report(report: &Report, workload_kind: Kind) -> proto::MigrationRe
         verified: tally.verified,
         failure,
         blockers: report.blockers.iter().map(|b| blocker(b, &report.destination)).collect(),
+        mode_reason: report.mode_reason.clone(),
     }
 }
 
@@ -220,20 +234,25 @@ pub(super) fn report(report: &Report, workload_kind: Kind) -> proto::MigrationRe
 pub(super) struct Planned<'a> {
     pub status: &'a Status,
     pub plan: &'a Plan,
-    pub mode: proto::MigrationMode,
     pub here: &'a str,
     pub to: &'a str,
     pub populated_bytes: u64,
-    pub max_downtime: Duration,
+    /// As the user said.
+    pub max_downtime: Option<Duration>,
 }
 
 pub(super) fn plan(planned: &Planned<'_>) -> proto::MigrationPlan {
-    let Planned { status, plan, mode, here, to, populated_bytes, max_downtime } = planned;
+    let Planned { status, plan, here, to, populated_bytes, max_downtime } = planned;
     let peer = plan.peer.as_ref();
+    let usual = match status.identity.kind {
+        Kind::Vm => DEFAULT_MAX_DOWNTIME,
+        Kind::Process | Kind::Container => Duration::ZERO,
+    };
+    let max_downtime = max_downtime.unwrap_or(usual);
     proto::MigrationPlan {
         workload: status.identity.name.clone(),
         kind: kind(status.identity.kind).into(),
-        mode: (*mode).into(),
+        mode: mode(plan.mode.mode).into(),
         source: (*here).to_owned(),
         destination: (*to).to_owned(),
         blockers: plan.blockers.iter().map(|b| blocker(b, to)).collect(),
@@ -245,5 +264,6 @@ pub(super) fn plan(planned: &Planned<'_>) -> proto::MigrationPlan {
         predicted_downtime_ms: plan.downtime.map_or(0.0, ms),
         max_downtime_us: u64::try_from(max_downtime.as_micros()).unwrap_or(u64::MAX),
         destination_version: peer.map_or_else(String::new, |p| p.version.clone()),
+        mode_reason: plan.mode.why.clone(),
     }
 }

@@ -78,8 +78,8 @@ impl ControlService {
             workloads: found.workloads,
             // What a peer does not tell.
             cpu: None,
-            criu: String::new(),
-            criu_problem: String::new(),
+            criu: found.criu,
+            criu_problem: found.criu_problem,
         })
     }
 }

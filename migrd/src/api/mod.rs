@@ -1,8 +1,11 @@
 //! The gRPC services: translation between the protocol and the registry.
 //!
-//! May not touch the file system or the insides of workloads. `status` is the
+//! May not touch the insides of workloads, nor the file system, but to read a bundle
+//! that a user names (`container_orders`). `status` is the
 //! only place where an error becomes a gRPC status.
 
+mod adoption;
+mod container_orders;
 mod control;
 mod convert;
 mod host;

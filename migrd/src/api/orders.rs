@@ -12,24 +12,20 @@ use crate::migration::link::Peer;
 use crate::migration::phase::Mode;
 use crate::migration::source;
 use crate::wire::Peers;
+use crate::workload::ProcessOptions;
 use crate::workload::vm::cpu::{self, CpuOrderError};
 use crate::workload::vm::{NewVm, nets};
-use crate::workload::{Kind, ProcessOptions};
 
-/// The longest stop that is planned for unless the user says otherwise.
-const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
 /// How long a guest that was asked to end may take unless the user says otherwise.
 const DEFAULT_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest command line of a guest that is taken, in bytes.
 const MAX_CMDLINE: usize = 64 << 10;
 
-/// Where to and how, as the user said; checked for form only. A user who names no
-/// mode gets the best that workloads of that kind have.
+/// Where to and how, as the user said; checked for form only.
 pub(super) fn migration(
     here: &str,
     peers: &Peers,
     request: &proto::MigrateRequest,
-    kind: Kind,
 ) -> Result<(Arc<dyn Peer>, source::Request), Status> {
     let peer = peers.get(&request.to).map_err(|e| {
         Refusal {
@@ -41,23 +37,11 @@ pub(super) fn migration(
         }
         .status()
     })?;
-    let mode = match (request.mode(), kind) {
-        (proto::MigrationMode::Unspecified, Kind::Vm) => Mode::Precopy,
-        (proto::MigrationMode::Unspecified, Kind::Process) => Mode::Stop,
-        (proto::MigrationMode::Precopy, Kind::Vm) => Mode::Precopy,
-        (proto::MigrationMode::Precopy, Kind::Process) => {
-            return Err(Refusal {
-                code: Code::Unimplemented,
-                reason: "MODE_UNSUPPORTED",
-                message: "this version does not track what a process tree writes to its memory"
-                    .into(),
-                host: here,
-                remedy: "use --mode stop, or leave --mode out",
-            }
-            .status());
-        }
-        (proto::MigrationMode::Stop, _) => Mode::Stop,
-        (proto::MigrationMode::Postcopy | proto::MigrationMode::Hybrid, _) => {
+    let mode = match request.mode() {
+        proto::MigrationMode::Unspecified => None,
+        proto::MigrationMode::Precopy => Some(Mode::Precopy),
+        proto::MigrationMode::Stop => Some(Mode::Stop),
+        proto::MigrationMode::Postcopy | proto::MigrationMode::Hybrid => {
             return Err(Refusal {
                 code: Code::Unimplemented,
                 reason: "MODE_UNSUPPORTED",
@@ -69,8 +53,8 @@ pub(super) fn migration(
         }
     };
     let max_downtime = match request.max_downtime_us {
-        0 => DEFAULT_MAX_DOWNTIME,
-        us => Duration::from_micros(us.into()),
+        0 => None,
+        us => Some(Duration::from_micros(us.into())),
     };
     let timeout = (request.timeout_ms > 0).then(|| Duration::from_millis(request.timeout_ms));
     let (verify, copy_disks) = (request.verify, request.copy_disks);

@@ -1,5 +1,7 @@
 //! What the daemon of another host asks for.
 
+use std::sync::Arc;
+
 use migr_proto::v1 as proto;
 use migr_proto::v1::peer_server::Peer;
 use tonic::{Request, Response, Status};
@@ -13,6 +15,7 @@ use crate::migration::link::{Offer, SealOrder, Standing};
 use crate::registry::Registry;
 use crate::units::{Epoch, MigrationId, WorkloadId};
 use crate::wire::{PROTOCOL, limits, manifest_from_wire};
+use crate::workload::process::Starts;
 use crate::workload::vm::VmEngine;
 use crate::workload::{StreamHash, StreamKey};
 
@@ -23,13 +26,14 @@ const MAX_ADDRESS: usize = 256;
 pub struct PeerService {
     registry: Registry,
     arrivals: Arrivals,
+    processes: Arc<dyn Starts>,
 }
 
 impl PeerService {
-    /// Takes what is offered into `arrivals`.
+    /// Takes what is offered into `arrivals`; `processes` makes process trees.
     #[must_use]
-    pub fn new(registry: Registry, arrivals: Arrivals) -> Self {
-        Self { registry, arrivals }
+    pub fn new(registry: Registry, arrivals: Arrivals, processes: Arc<dyn Starts>) -> Self {
+        Self { registry, arrivals, processes }
     }
 
     fn here(&self) -> &str {
@@ -101,6 +105,8 @@ impl Peer for PeerService {
             kernel: crate::sys::kernel_release(),
             cpus: crate::sys::cpus(),
             workloads: u32::try_from(self.registry.count()).unwrap_or(u32::MAX),
+            criu: self.processes.version().unwrap_or_default(),
+            criu_problem: self.processes.problem().unwrap_or_default(),
         }))
     }
 

@@ -68,6 +68,14 @@ pub(super) fn process(
     config(request).map_err(|error| invalid(here, error.to_string()))
 }
 
+/// The network of its own that a user asks for.
+pub(super) fn own_network(
+    here: &str,
+    ordered: &proto::ProcessNet,
+) -> Result<proto::ProcessNet, Status> {
+    network(ordered).map_err(|error| invalid(here, error.to_string()))
+}
+
 fn config(request: &proto::ExecProcessRequest) -> Result<proto::ProcessConfig, Senseless> {
     let proto::ExecProcessRequest { name: _, argv, env, cwd, net } = request;
     match argv.first().map(String::as_str) {
@@ -84,6 +92,8 @@ fn config(request: &proto::ExecProcessRequest) -> Result<proto::ProcessConfig, S
         env: environment(env)?,
         cwd: directory(cwd)?,
         net: net.as_ref().map(network).transpose()?,
+        container: None,
+        adopted: 0,
     };
     // It travels in an offer, which has that limit.
     if config.encoded_len() > MAX_CONFIG {

@@ -8,6 +8,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use crate::checkpoint::CheckpointError;
 use crate::migration::destination::ArrivalError;
 use crate::migration::journal::JournalError;
+use crate::migration::mode::NoSuchMode;
 use crate::registry::RegistryError;
 use crate::workload::WorkloadError;
 
@@ -57,13 +58,18 @@ pub(super) fn registry(host: &str, error: &RegistryError) -> Status {
         RegistryError::Left { .. } => (Code::FailedPrecondition, "LEFT"),
         RegistryError::NotMigrating(_) => (Code::FailedPrecondition, "NOT_MIGRATING"),
         RegistryError::TooLate(_) => (Code::FailedPrecondition, "TOO_LATE"),
+        RegistryError::NoSuchMode(_) => (Code::Unimplemented, "MODE_UNSUPPORTED"),
         RegistryError::NoRoom(_) => (Code::ResourceExhausted, "NO_MEMORY"),
         RegistryError::NoEngine(_) => (Code::FailedPrecondition, "NO_ENGINE"),
         RegistryError::Workload(_) => (Code::FailedPrecondition, "WORKLOAD"),
         RegistryError::Journal(_) => (Code::Internal, "JOURNAL"),
         RegistryError::ShuttingDown => (Code::Unavailable, "SHUTTING_DOWN"),
     };
-    Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()
+    let remedy = match error {
+        RegistryError::NoSuchMode(_) => NoSuchMode::REMEDY,
+        _ => "",
+    };
+    Refusal { code, reason, message: error.to_string(), host, remedy }.status()
 }
 
 pub(super) fn workload(host: &str, error: &WorkloadError) -> Status {
@@ -74,6 +80,12 @@ pub(super) fn workload(host: &str, error: &WorkloadError) -> Status {
 /// No process tree can be had on `host`: why, and what to do.
 pub(super) fn no_criu(host: &str, message: String) -> Status {
     let (code, reason) = (Code::FailedPrecondition, "NO_CRIU");
+    Refusal { code, reason, message, host, remedy: "" }.status()
+}
+
+/// No container can be had on `host`: why, and what to do.
+pub(super) fn no_containers(host: &str, message: String) -> Status {
+    let (code, reason) = (Code::FailedPrecondition, "NO_CONTAINERS");
     Refusal { code, reason, message, host, remedy: "" }.status()
 }
 
@@ -92,6 +104,7 @@ pub(super) fn arrival(host: &str, error: &ArrivalError) -> Status {
         ArrivalError::Unknown(_) => (Code::NotFound, "UNKNOWN_MIGRATION"),
         ArrivalError::Unexpected { .. } => (Code::FailedPrecondition, "UNEXPECTED"),
         ArrivalError::Incomplete(_) => (Code::DataLoss, "INCOMPLETE"),
+        ArrivalError::GivenUp => (Code::Aborted, "GIVEN_UP"),
         ArrivalError::Differs(_) => (Code::DataLoss, "DIFFERS"),
         ArrivalError::OddHashes => (Code::InvalidArgument, "ODD_HASHES"),
         ArrivalError::Workload(_) => (Code::FailedPrecondition, "WORKLOAD"),

@@ -19,7 +19,7 @@ pub async fn plan(
     directory: &Path,
     process: ProcessOptions,
 ) -> Result<Vec<Problem>, CheckpointError> {
-    let mut problems = registry.problems(name, carry(process)).await?;
+    let mut problems = registry.look(name, carry(process)).await?.problems;
     let place = directory.to_owned();
     problems.extend(blocking(move || Ok(unusable(&place))).await?);
     Ok(problems)

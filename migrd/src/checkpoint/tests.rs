@@ -1,7 +1,7 @@
 //! Snapshots of a workload that is only an object, written and restored.
 
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
@@ -9,8 +9,9 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::migration::journal::{Identity, Journal};
 use crate::registry::{Setup, State};
+use crate::units::WorkloadId;
 use crate::workload::fake::{Census, FakeArriving, FakeWorkload, Guest, Op};
-use crate::workload::{Arriving, Engine};
+use crate::workload::{Arriving, Engine, Kind, Manifest, Problem};
 
 const PAGES: u64 = 64;
 const NAME: &str = "job";
@@ -81,8 +82,36 @@ impl World {
     }
 
     async fn write(&self) -> Result<Written, CheckpointError> {
-        write(&self.registry, NAME, &self.place(), ProcessOptions::default()).await
+        write(&self.registry, NAME, &self.place(), How::default()).await
     }
+}
+
+fn with(process: ProcessOptions) -> How {
+    How { process, ends: false }
+}
+
+#[tokio::test]
+async fn a_workload_that_is_to_end_does_so_only_when_its_snapshot_is_complete() {
+    let world = World::new().await;
+    let ends = How { ends: true, ..How::default() };
+    world.guest.failing_at(Op::Save, 1);
+    write(&world.registry, NAME, &world.place(), ends).await.unwrap_err();
+    assert!(world.guest.runs() && !world.place().exists(), "it failed and changed nothing");
+    write(&world.registry, NAME, &world.place(), ends).await.unwrap();
+    let state = world.registry.find(NAME).unwrap().state;
+    assert!(state == State::Stopped && !world.guest.runs(), "{state:?}");
+    restore(&world.registry, &world.place(), Some("copy".into())).await.unwrap();
+    let copy = world.guests.made.lock().unwrap()[0].clone();
+    assert_eq!(copy.checksum(), world.guest.checksum());
+}
+
+#[tokio::test]
+async fn a_directory_without_a_manifest_was_not_written_to_its_end() {
+    let world = World::new().await;
+    world.write().await.unwrap();
+    std::fs::remove_file(world.place().join(MANIFEST)).unwrap();
+    let error = restore(&world.registry, &world.place(), Some("copy".into())).await.unwrap_err();
+    assert!(error.to_string().contains("no manifest.json"), "{error}");
 }
 
 #[tokio::test]
@@ -127,7 +156,7 @@ async fn what_keeps_it_from_being_saved_is_found_before_it_is_stopped() {
     let codes: Vec<_> = found.iter().map(|problem| problem.code).collect();
     assert_eq!(codes, ["vsock", "io-uring"]);
     assert!(world.guest.carried().process.file_locks, "it was looked at with what is allowed");
-    let error = write(&world.registry, NAME, &world.place(), options).await.unwrap_err();
+    let error = write(&world.registry, NAME, &world.place(), with(options)).await.unwrap_err();
     let text = error.to_string();
     assert!(text.contains("process 7") && text.contains("close it"), "{text}");
     assert!(text.contains("1 more"), "{text}");
@@ -150,6 +179,6 @@ async fn a_dry_run_finds_nothing_in_the_way_and_touches_nothing() {
 async fn what_may_be_done_to_a_process_tree_is_chosen_before_it_is_stopped() {
     let world = World::new().await;
     let options = ProcessOptions { ghost_limit_bytes: 1 << 24, ..ProcessOptions::default() };
-    write(&world.registry, NAME, &world.place(), options).await.unwrap();
-    assert_eq!(world.guest.carried(), Carry { disks: false, process: options });
+    write(&world.registry, NAME, &world.place(), with(options)).await.unwrap();
+    assert_eq!(world.guest.carried(), Carry { disks: false, to_files: true, process: options });
 }

@@ -87,17 +87,50 @@ impl Cgroup {
     /// # Errors
     /// When it is not there.
     pub fn processes(&self) -> io::Result<Vec<u32>> {
-        let text = fs::read_to_string(self.processes_file())?;
-        Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+        self.members("cgroup.procs")
     }
 
-    /// The threads of the processes in it.
+    /// The threads of the processes in it and below.
     ///
     /// # Errors
     /// When it is not there.
     pub fn threads(&self) -> io::Result<Vec<u32>> {
-        let text = fs::read_to_string(self.path.join("cgroup.threads"))?;
-        Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
+        self.members("cgroup.threads")
+    }
+
+    /// The numbers in a file of it, and of every cgroup below.
+    fn members(&self, file: &str) -> io::Result<Vec<u32>> {
+        let mut members = Vec::new();
+        for directory in self.all()? {
+            let text = match fs::read_to_string(directory.join(file)) {
+                // One below it may be removed at any time.
+                Err(_) if directory != self.path => continue,
+                other => other?,
+            };
+            members.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()));
+        }
+        Ok(members)
+    }
+
+    /// It and every cgroup below, each before those below it: a tree that has
+    /// privileges may make some.
+    fn all(&self) -> io::Result<Vec<PathBuf>> {
+        let mut all = vec![self.path.clone()];
+        let mut next = 0;
+        while let Some(directory) = all.get(next).cloned() {
+            match fs::read_dir(&directory) {
+                Ok(entries) => all.extend(
+                    entries
+                        .flatten()
+                        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                        .map(|entry| entry.path()),
+                ),
+                Err(error) if next == 0 => return Err(error),
+                Err(_) => {}
+            }
+            next += 1;
+        }
+        Ok(all)
     }
 
     /// Has everything in it stand still or go on, and does not wait for that.
@@ -156,15 +189,47 @@ impl Cgroup {
         }
     }
 
-    /// Removes it, with everything in it killed. Harmless when it is not there.
+    /// Removes it and every cgroup below, with everything in them killed. Harmless
+    /// when it is not there.
     ///
     /// # Errors
     /// When something in it does not die.
     pub fn remove(&self) -> io::Result<()> {
         self.kill()?;
-        match fs::remove_dir(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
+        let all = match self.all() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
+        for directory in all.iter().rev() {
+            match fs::remove_dir(directory) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other?,
+            }
         }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn what_is_in_cgroups_below_is_seen_and_goes_with_it() {
+        let name = format!("migr-test-{}", std::process::id());
+        let cgroup = Cgroup::at(&root().unwrap().join(name));
+        cgroup.make().expect("run the tests as root");
+        let below = cgroup.path().join("a/b");
+        fs::create_dir_all(&below).unwrap();
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        fs::write(below.join("cgroup.procs"), child.id().to_string()).unwrap();
+        assert_eq!(cgroup.processes().unwrap(), [child.id()]);
+        assert_eq!(cgroup.threads().unwrap(), [child.id()]);
+        cgroup.remove().unwrap();
+        assert!(!cgroup.path().exists());
+        assert!(!child.wait().unwrap().success(), "it was killed");
+        cgroup.remove().unwrap();
     }
 }

@@ -94,6 +94,9 @@ pub fn run(args: &KeeperArgs) -> Result<(), EntryError> {
     // What is mounted here is seen by nobody else and goes with this process.
     unshare(CloneFlags::CLONE_NEWNS).map_err(io::Error::from)?;
     super::mounts::make_private()?;
-    super::mounts::bind_root(&args.root)?;
+    if config.container.is_some() {
+        // runc starts its processes, and ends before they do.
+        nix::sys::prctl::set_child_subreaper(true).map_err(io::Error::from)?;
+    }
     Ok(Control::new(shared, config, args)?.serve()?)
 }

@@ -6,6 +6,7 @@
 //! kills them. At a restore it asks when every process is complete and none has run:
 //! *no* drops them, *yes* lets them run. A thread of its own waits there for the word.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -26,23 +27,28 @@ use super::criu::rpc::{CgroupMode, InheritFd, NetworkLock, Options, Request, Res
 use super::criu::session::inherited;
 use super::criu::{CriuError, Event, Failure, Launch, Log, Session};
 use super::{mounts, timers};
+use crate::sys::tmpfs;
 
-/// Name of CRIU's log among the images.
+/// Name of CRIU's log of a dump.
 pub const DUMP_LOG: &str = "dump.log";
 /// Name of its log of a restore.
 pub const RESTORE_LOG: &str = "restore.log";
 /// What the network namespace of a tree is called between a dump and a restore.
-const NETWORK_KEY: &str = "migr-network";
+pub const NETWORK_KEY: &str = "migr-network";
 /// CRIU's log level: what failed, and the steps before it.
 const LOG_LEVEL: i32 = 4;
+/// What CRIU's logs may come to (bytes).
+const LOGS_BYTES: u64 = 1 << 30;
 /// How long CRIU may take to have every process of a tree in its hand.
 const SEIZE_LIMIT: Duration = Duration::from_secs(20);
+/// How long CRIU may take to let a complete tree go.
+pub(super) const RELEASE_LIMIT: Duration = Duration::from_secs(30);
 /// Where CRIU asks after a dump.
-const DUMPED: &str = "post-dump";
+pub(super) const DUMPED: &str = "post-dump";
 /// Where it asks at a restore, when everything is complete.
-const RESTORED: &str = "post-restore";
+pub(super) const RESTORED: &str = "post-restore";
 /// Where it asks at a restore right before the processes go.
-const RESUMING: &str = "pre-resume";
+pub(super) const RESUMING: &str = "pre-resume";
 
 /// What came of it.
 #[derive(Debug)]
@@ -57,6 +63,8 @@ pub enum News {
     Restored(u32),
     /// It could not be made; nothing of it is left.
     RestoreFailed(Failure),
+    /// The memory that has changed is written, or is not, and the tree runs.
+    AheadOver(Result<(), Failure>),
     /// It runs, or is gone, as the word was.
     RestoreOver(Result<(), Failure>),
 }
@@ -68,6 +76,12 @@ pub struct Hold {
 }
 
 impl Hold {
+    /// Of a thread that hears it there.
+    #[must_use]
+    pub(super) fn new(word: Sender<bool>) -> Self {
+        Self { word }
+    }
+
     /// Speaks it; only the first counts.
     pub fn say(&self, go_on: bool) {
         // A thread that is gone has had bad news, which it has told.
@@ -82,6 +96,9 @@ pub struct Work {
     pub criu: PathBuf,
     /// Directory of the images.
     pub images: OwnedFd,
+    /// Directory of CRIU's logs. Not that of the images, which may be the user's, or
+    /// full, and the log says so.
+    pub logs: OwnedFd,
     /// The cgroup of the tree.
     pub cgroup: PathBuf,
     /// What the user lets CRIU do.
@@ -90,16 +107,24 @@ pub struct Work {
     pub network: Option<OwnedFd>,
     /// Mount points that CRIU does not look into.
     pub mounts: Vec<String>,
+    /// What else is outside of it, as CRIU's `--external` has it; for a dump.
+    pub external: Vec<String>,
+    /// What its network namespace is called between a dump and a restore.
+    pub network_key: &'static str,
+    /// Directory of the images that a dump builds on, relative to that of its own; empty:
+    /// it has everything.
+    pub parent: String,
 }
 
 impl Work {
-    fn options(&self, log: &str) -> Options {
+    pub(super) fn options(&self, log: &str) -> Options {
         use std::os::fd::AsRawFd;
         let proto::ProcessOptions { file_locks, link_remap, ghost_limit_bytes, drop_connections } =
             self.options;
         let ghost = u32::try_from(ghost_limit_bytes).unwrap_or(u32::MAX);
         Options {
             images_dir_fd: self.images.as_raw_fd(),
+            work_dir_fd: Some(self.logs.as_raw_fd()),
             log_level: Some(LOG_LEVEL),
             log_file: Some(log.to_owned()),
             notify_scripts: Some(true),
@@ -117,21 +142,63 @@ impl Work {
         }
     }
 
-    /// What CRIU's answer and its log say of a failure.
-    fn failure(&self, log: &str, ended: Ended) -> Failure {
-        match ended {
-            Ended::Failed(response) => Failure::explain(&response, &self.log(log)),
-            Ended::Broken(error) => system_failure(&error),
-            Ended::Refused => system_failure(&"it was told not to go on"),
+    /// How the tree of `pid` is written.
+    pub(super) fn dump_options(&self, pid: u32) -> Result<Options, Failure> {
+        let mut options = self.options(DUMP_LOG);
+        options.pid = i32::try_from(pid).ok();
+        let named = self.mounts.iter().enumerate();
+        options.external =
+            named.map(|(index, path)| format!("mnt[{path}]:{}", mount_key(index))).collect();
+        if let Some(network) = &self.network {
+            let inode = inode(network).map_err(|e| system_failure(&e))?;
+            options.external.push(format!("net[{inode}]:{}", self.network_key));
         }
+        options.external.extend(self.external.iter().cloned());
+        if !self.parent.is_empty() {
+            options.parent_img = Some(self.parent.clone());
+            options.track_mem = Some(true);
+        }
+        Ok(options)
     }
 
-    fn log(&self, name: &str) -> Log {
-        let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
-        let opened = openat(&self.images, name, flags, Mode::empty());
-        let read = opened.map_err(io::Error::from).and_then(|fd| Log::read(File::from(fd)));
-        read.unwrap_or_default()
+    /// What CRIU's answer and its log say of a failure.
+    pub(super) fn failure(&self, log: &str, ended: Ended) -> Failure {
+        explain(ended, || read_log(&self.logs, log))
     }
+
+    /// The same of a CRIU whose log is among the images.
+    pub(super) fn failure_among_images(&self, log: &str, ended: Ended) -> Failure {
+        explain(ended, || read_log(&self.images, log))
+    }
+}
+
+fn explain(ended: Ended, log: impl FnOnce() -> Log) -> Failure {
+    match ended {
+        Ended::Failed(response) => Failure::explain(&response, &log()),
+        Ended::Broken(error) => system_failure(&error),
+        Ended::Refused => system_failure(&"it was told not to go on"),
+        Ended::Slow => Failure {
+            code: "slow",
+            message: "CRIU does not come to an end".into(),
+            remedy: "see what that host is busy with: its storage, its memory",
+        },
+    }
+}
+
+fn read_log(directory: &OwnedFd, name: &str) -> Log {
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let opened = openat(directory, name, flags, Mode::empty());
+    let read = opened.map_err(io::Error::from).and_then(|fd| Log::read(File::from(fd)));
+    read.unwrap_or_default()
+}
+
+/// A directory for CRIU's logs, in memory.
+///
+/// # Errors
+/// When the kernel makes none.
+pub fn logs() -> io::Result<OwnedFd> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(openat(&tmpfs::create(LOGS_BYTES)?, ".", flags, Mode::empty())?)
 }
 
 /// What a mount is called between a dump and a restore.
@@ -140,7 +207,7 @@ fn mount_key(index: usize) -> String {
 }
 
 /// A failure that is not CRIU's.
-fn system_failure(error: &impl std::fmt::Display) -> Failure {
+pub(super) fn system_failure(error: &impl std::fmt::Display) -> Failure {
     let remedy = "see what the keeper's log has to say";
     Failure { code: "system", message: error.to_string(), remedy }
 }
@@ -165,15 +232,7 @@ fn dump_held(
     tell: &impl Fn(News),
 ) -> Result<(), Failure> {
     let cgroup = Cgroup::at(&work.cgroup);
-    let mut options = work.options(DUMP_LOG);
-    options.pid = i32::try_from(pid).ok();
-    let named = work.mounts.iter().enumerate();
-    options.external =
-        named.map(|(index, path)| format!("mnt[{path}]:{}", mount_key(index))).collect();
-    if let Some(network) = &work.network {
-        let inode = inode(network).map_err(|e| system_failure(&e))?;
-        options.external.push(format!("net[{inode}]:{NETWORK_KEY}"));
-    }
+    let options = work.dump_options(pid)?;
     let started = Session::start(Launch::plain(&work.criu));
     let mut session = started.map_err(|e| system_failure(&e))?;
     session.request(&Request::dump(options)).map_err(|e| system_failure(&e))?;
@@ -182,7 +241,7 @@ fn dump_held(
         // CRIU makes the processes work for it, which those of a frozen cgroup can't. It
         // has to hold every one of them before they are let go by the cgroup.
         let seized = scope.spawn(|| thaw_when_seized(&cgroup, criu));
-        let held = drive(&mut session, |script, _| {
+        let held = drive(&mut session, Session::next, |script, _| {
             if script != DUMPED {
                 return true;
             }
@@ -213,21 +272,27 @@ fn dump_held(
 }
 
 /// How CRIU's work ended, if not well.
-enum Ended {
+pub(super) enum Ended {
     /// By our own word.
     Refused,
+    /// It took too long.
+    Slow,
     /// It says that it failed.
     Failed(Response),
     /// It is gone, or says what it may not.
     Broken(CriuError),
 }
 
-/// Answers CRIU's questions until it is done. `answer` gets the step and the process
-/// that it is about, the root of the tree.
-fn drive(session: &mut Session, mut answer: impl FnMut(&str, u32) -> bool) -> Result<(), Ended> {
+/// Answers CRIU's questions until it is done. `hear` waits for the next one; `answer`
+/// gets the step and the process that it is about, the root of the tree.
+pub(super) fn drive(
+    session: &mut Session,
+    mut hear: impl FnMut(&mut Session) -> Result<Event, CriuError>,
+    mut answer: impl FnMut(&str, u32) -> bool,
+) -> Result<(), Ended> {
     let (mut refused, mut root) = (false, 0);
     loop {
-        match session.next() {
+        match hear(session) {
             Ok(Event::Notify { script, pid }) => {
                 let pid = pid.and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid > 0);
                 root = pid.unwrap_or(root);
@@ -238,6 +303,7 @@ fn drive(session: &mut Session, mut answer: impl FnMut(&str, u32) -> bool) -> Re
             Ok(Event::Done(_)) | Err(_) if refused => return Err(Ended::Refused),
             Ok(Event::Done(response)) if response.success => return Ok(()),
             Ok(Event::Done(response)) => return Err(Ended::Failed(response)),
+            Err(CriuError::Slow { .. }) => return Err(Ended::Slow),
             Err(error) => return Err(Ended::Broken(error)),
         }
     }
@@ -245,11 +311,11 @@ fn drive(session: &mut Session, mut answer: impl FnMut(&str, u32) -> bool) -> Re
 
 /// Thaws the cgroup as soon as CRIU has every process, and after some time in every
 /// case: it fails then, and says why.
-fn thaw_when_seized(cgroup: &Cgroup, criu: u32) {
+pub(super) fn thaw_when_seized(cgroup: &Cgroup, criu: u32) {
     let started = Instant::now();
     loop {
         let all = cgroup.threads().unwrap_or_default();
-        let seized = !all.is_empty() && all.iter().all(|thread| tracer(*thread) == Some(criu));
+        let seized = !all.is_empty() && all.iter().all(|thread| is_held(*thread, criu));
         let over = !Path::new(&format!("/proc/{criu}")).exists();
         if seized || over || started.elapsed() > SEIZE_LIMIT {
             let _ = cgroup.set_frozen(false);
@@ -259,10 +325,17 @@ fn thaw_when_seized(cgroup: &Cgroup, criu: u32) {
     }
 }
 
-/// Which process traces a thread.
-fn tracer(thread: u32) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
-    status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?.trim().parse().ok()
+/// Whether CRIU traces a thread: itself, or its child, which it has for a pre-dump.
+fn is_held(thread: u32, criu: u32) -> bool {
+    let tracer = status_number(thread, "TracerPid:").filter(|tracer| *tracer > 0);
+    tracer.is_some_and(|tracer| {
+        tracer == criu || status_number(tracer, "PPid:").is_some_and(|parent| parent == criu)
+    })
+}
+
+fn status_number(pid: u32, name: &str) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
 }
 
 fn inode(fd: &OwnedFd) -> io::Result<u64> {
@@ -283,6 +356,8 @@ pub struct Place {
     pub stdio: Vec<proto::ProcessStdio>,
     /// It is to stand still after its first word.
     pub paused: Arc<AtomicBool>,
+    /// How long CRIU may take to make it.
+    pub limit: Option<Duration>,
 }
 
 /// Has CRIU make a tree from images, and holds it.
@@ -330,7 +405,7 @@ fn restore_to_the_word(
         handed.insert(end.pipe.clone(), fd.as_fd());
     }
     if let Some(network) = &work.network {
-        handed.insert(NETWORK_KEY.to_owned(), network.as_fd());
+        handed.insert(work.network_key.to_owned(), network.as_fd());
     }
     let fds: Vec<_> = handed.values().copied().collect();
     let keys = handed.into_keys().enumerate();
@@ -342,7 +417,12 @@ fn restore_to_the_word(
     session.request(&Request::restore(options)).map_err(|e| system_failure(&e))?;
     let criu = session.pid();
     let (mut wanted, mut stuck) = (false, None);
-    let done = drive(&mut session, |script, init| match script {
+    let deadline = Cell::new(place.limit.map(|limit| Instant::now() + limit));
+    let hear = |session: &mut Session| match deadline.get() {
+        Some(deadline) => session.next_within(deadline.saturating_duration_since(Instant::now())),
+        None => session.next(),
+    };
+    let done = drive(&mut session, hear, |script, init| match script {
         RESTORED => {
             let started = cgroup.processes().and_then(|all| timers::start_again(&all));
             if let Err(error) = started {
@@ -353,6 +433,7 @@ fn restore_to_the_word(
                 Ok(()) => wanted = word(init),
                 Err(error) => stuck = Some(error),
             }
+            deadline.set(Some(Instant::now() + RELEASE_LIMIT));
             wanted
         }
         // Should CRIU fail from here on, nothing has run yet: whoever hears of the
@@ -360,6 +441,11 @@ fn restore_to_the_word(
         RESUMING => cgroup.set_frozen(true).is_ok(),
         _ => true,
     });
+    if done.is_err() {
+        // What CRIU lets go of when it ends, as it does now, must not run.
+        let _ = cgroup.set_frozen(true);
+        drop(session);
+    }
     if let Some(error) = stuck {
         return Err(system(error));
     }

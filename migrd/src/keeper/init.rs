@@ -64,6 +64,9 @@ fn become_command() -> io::Result<std::convert::Infallible> {
         namespace::enter_network(network.as_fd())?;
     }
     mounts::make()?;
+    if config.adopted != 0 {
+        no_stdio()?;
+    }
     umask(Mode::from_bits_truncate(0o022));
     nix::unistd::setsid()?;
     std::env::set_current_dir(&config.cwd)
@@ -76,6 +79,15 @@ fn become_command() -> io::Result<std::convert::Infallible> {
     namespace::default_signals()?;
     nix::unistd::execve(&path, &words, &environment)
         .map_err(|e| io::Error::other(format!("cannot run {}: {e}", program.display())))
+}
+
+/// Opens `/dev/null` as standard input and output, among the mounts of the tree: what
+/// was handed over is of its keeper's.
+fn no_stdio() -> io::Result<()> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    Ok(nix::unistd::dup2_stderr(&null)?)
 }
 
 fn c_strings(words: &[String]) -> io::Result<Vec<CString>> {

@@ -7,18 +7,25 @@
 //! In the order of its life: [`entry`] takes what it inherited, [`control`] serves
 //! the daemon, [`tree`] starts and ends the processes, whose first moments are
 //! [`init`]'s, in the [`mounts`] and the [`cgroup`] made for them, with [`stdio`] as
-//! their input and output. [`hold`] has [`criu`] write a tree, or make one, and
-//! holds it there, with its [`timers`] in order, until the daemon has decided which
-//! copy is to run; [`connections`] makes good what a CRIU that was killed has left.
+//! their input and output. `ahead` has [`criu`] write memory while a tree runs; [`hold`]
+//! has it write a tree, or make one, and holds it there, with its [`timers`] in order, until the daemon has decided which
+//! copy is to run; [`adopt`] does both at once with a tree that was not started here,
+//! and puts a [`reaper`] above it; [`container`] does for containers what [`tree`] and
+//! [`hold`] do for other trees; [`connections`] makes good what a CRIU that was killed
+//! has left.
 
+pub mod adopt;
+mod ahead;
 pub mod cgroup;
 pub mod connections;
+pub mod container;
 pub mod control;
 pub mod criu;
 pub mod entry;
 pub mod hold;
 pub mod init;
 pub mod mounts;
+pub mod reaper;
 pub mod stdio;
 pub mod timers;
 pub mod tree;

@@ -54,6 +54,17 @@ const OWN: [(&str, &str, &str); 3] = [
     ("/dev/pts", "devpts", "newinstance,ptmxmode=0666,mode=0620,gid=5"),
 ];
 
+/// Where the file systems are that are made for each tree, and move with it.
+pub fn carried() -> impl Iterator<Item = &'static str> {
+    OWN.iter().map(|(path, _, _)| *path)
+}
+
+/// Whether `path` is on a file system that a tree has for itself.
+#[must_use]
+pub fn is_own(path: &Path) -> bool {
+    OWN.iter().any(|(own, _, _)| path.starts_with(own))
+}
+
 /// Reads the mounts of a process: `self`, or its number.
 ///
 /// # Errors

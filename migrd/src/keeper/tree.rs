@@ -9,7 +9,7 @@ use std::process::ExitStatus;
 
 use migr_proto::v1 as proto;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use prost::Message;
@@ -18,6 +18,7 @@ use super::cgroup::Cgroup;
 use super::init::number;
 use super::stdio::Stdio;
 use crate::sys::namespace::{self, Init};
+use crate::sys::process::PidFd;
 
 /// Starts the command of `config` as the init of a new tree; its process id.
 ///
@@ -31,6 +32,32 @@ pub fn start(
 ) -> io::Result<u32> {
     let (stdin, stdout) =
         stdio.theirs().ok_or_else(|| io::Error::other("its input and output are in use"))?;
+    start_with(config, cgroup, (stdin, stdout), network)
+}
+
+/// Starts the first process of a tree that is to be adopted; its process id.
+///
+/// # Errors
+/// When the system refuses, with the reason.
+pub fn start_reaper(config: &proto::ProcessConfig, cgroup: &Cgroup) -> io::Result<u32> {
+    // By its path: as the file that the keeper runs it would be on a mount of the
+    // keeper's.
+    let program = std::env::current_exe()?.to_string_lossy().into_owned();
+    let config = proto::ProcessConfig {
+        argv: vec![program, "process-reaper".to_owned(), config.adopted.to_string()],
+        cwd: "/".to_owned(),
+        ..config.clone()
+    };
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    start_with(&config, cgroup, (null.as_fd(), null.as_fd()), None)
+}
+
+fn start_with(
+    config: &proto::ProcessConfig,
+    cgroup: &Cgroup,
+    (stdin, stdout): (BorrowedFd<'_>, BorrowedFd<'_>),
+    network: Option<BorrowedFd<'_>>,
+) -> io::Result<u32> {
     let (mut trouble, said) = io::pipe()?;
     let mut handed_config = File::from(memfd_create(c"config", MFdFlags::MFD_CLOEXEC)?);
     handed_config.write_all(&config.encode_to_vec())?;
@@ -78,12 +105,12 @@ fn as_pid(pid: u32) -> Option<Pid> {
     i32::try_from(pid).ok().filter(|pid| *pid > 0).map(Pid::from_raw)
 }
 
-/// Asks an init to end.
+/// Asks the init `process`, whose number is `pid`, to end.
 ///
 /// # Errors
 /// When it does not handle SIGTERM: the kernel does not deliver it to the init of
 /// a PID namespace then (pid_namespaces(7)).
-pub fn terminate(pid: u32) -> io::Result<()> {
+pub fn terminate(process: &PidFd, pid: u32) -> io::Result<()> {
     let gone = || io::Error::other("it has ended");
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(|_| gone())?;
     let mask = |name: &str| {
@@ -102,5 +129,9 @@ pub fn terminate(pid: u32) -> io::Result<()> {
              would have to: end it with `migctl stop --force`",
         ));
     }
-    Ok(kill(as_pid(pid).ok_or_else(gone)?, Signal::SIGTERM)?)
+    // By now another process may have the number.
+    process.signal(libc::SIGTERM).map_err(|error| match error.raw_os_error() {
+        Some(libc::ESRCH) => gone(),
+        _ => error,
+    })
 }

@@ -17,6 +17,7 @@ pub mod destination;
 mod failpoint;
 pub mod journal;
 pub mod link;
+pub mod mode;
 pub mod phase;
 pub mod plan;
 pub mod policy;

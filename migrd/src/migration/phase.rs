@@ -53,7 +53,7 @@ pub enum Mode {
 #[derive(Debug, thiserror::Error)]
 pub enum MigrationError {
     /// A check said no before anything was touched.
-    #[error("refused: {}", list(.0))]
+    #[error("refused: {}", list(.0.iter().map(|b| b.message.as_str())))]
     Refused(Vec<Blocker>),
     /// The user asked.
     #[error("cancelled")]
@@ -94,8 +94,15 @@ pub enum MigrationError {
     ShuttingDown,
 }
 
-fn list(blockers: &[Blocker]) -> String {
-    blockers.iter().map(|b| b.message.as_str()).collect::<Vec<_>>().join("; ")
+/// What blockers say, one after the other, and what several say alike only once.
+fn list<'a>(words: impl Iterator<Item = &'a str>) -> String {
+    let mut all: Vec<&str> = Vec::new();
+    for words in words {
+        if !all.contains(&words) {
+            all.push(words);
+        }
+    }
+    all.join("; ")
 }
 
 impl MigrationError {
@@ -103,9 +110,7 @@ impl MigrationError {
     #[must_use]
     pub fn remedy(&self) -> String {
         match self {
-            Self::Refused(blockers) => {
-                blockers.iter().map(|b| b.remedy.as_str()).collect::<Vec<_>>().join("; ")
-            }
+            Self::Refused(blockers) => list(blockers.iter().map(|b| b.remedy.as_str())),
             Self::Cancelled => "start it again when it suits".into(),
             Self::TimedOut(_) => {
                 "give it more time with --timeout, or a longer --max-downtime".into()
@@ -225,6 +230,13 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// So many pages differed again after the last round.
+    pub fn followed_by(&mut self, pages: u64) {
+        if let Some(last) = self.rounds.last_mut() {
+            last.dirty_after = pages;
+        }
+    }
+
     /// Nothing done yet.
     #[must_use]
     pub fn new() -> Self {
@@ -281,6 +293,8 @@ pub struct Report {
     pub workload: String,
     /// How memory moved.
     pub mode: Mode,
+    /// Why so, in words.
+    pub mode_reason: String,
     /// How it ended.
     pub outcome: Outcome,
     /// Address of the source.

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::migration::link::{Blocker, LinkError, Offer, Peer, PeerFacts};
+use crate::migration::mode::Chosen;
 use crate::migration::phase::Mode;
 use crate::migration::policy::{approximate, predict};
 use crate::units::{Epoch, HostId, MigrationId, PAGE_SIZE};
-use crate::workload::Manifest;
+use crate::workload::{Manifest, Needing, needed};
 
 /// How long the peer has to say who it is.
 const IDENTIFY_WAIT: Duration = Duration::from_secs(5);
@@ -20,12 +21,14 @@ pub struct Question {
     pub here: HostId,
     /// What keeps the workload from leaving this host.
     pub problems: Vec<Blocker>,
-    /// What would be offered.
+    /// What would be offered, without what it needs.
     pub manifest: Manifest,
+    /// Says what it needs.
+    pub needs: Needing,
     /// The epoch it would be owned in there.
     pub epoch: Epoch,
     /// How memory would move.
-    pub mode: Mode,
+    pub mode: Chosen,
     /// How many lanes would carry it.
     pub lanes: u32,
     /// Memory it has touched, in bytes.
@@ -39,6 +42,8 @@ pub struct Question {
 /// The answer.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// How memory would move.
+    pub mode: Chosen,
     /// What stops it; empty: nothing.
     pub blockers: Vec<Blocker>,
     /// What the destination says of itself, if it is a migrd.
@@ -59,6 +64,7 @@ fn blocker(code: &str, message: String, remedy: impl Into<String>, host: &str) -
 /// Asks the peer, without leaving anything there.
 pub async fn plan(question: &Question) -> Plan {
     let mut plan = Plan {
+        mode: question.mode.clone(),
         blockers: question.problems.clone(),
         peer: None,
         rate: question.known_rate,
@@ -74,15 +80,24 @@ pub async fn plan(question: &Question) -> Plan {
         }
     };
     plan.peer = Some(facts);
+    let needs = match needed(question.needs.clone()).await {
+        Ok(needs) => needs,
+        Err(error) => {
+            let remedy = "see the log of this host's migrd";
+            plan.blockers.push(blocker("needs", error.to_string(), remedy, ""));
+            return plan;
+        }
+    };
+    let wait = IDENTIFY_WAIT + needs.patience();
     let offer = Offer {
         migration: MigrationId::random(),
         epoch: question.epoch,
-        manifest: question.manifest.clone(),
+        manifest: Manifest { needs: needs.written, ..question.manifest.clone() },
         lanes: question.lanes,
         dry_run: true,
     };
     let address = question.peer.address();
-    match tokio::time::timeout(IDENTIFY_WAIT, question.peer.offer(&offer)).await {
+    match tokio::time::timeout(wait, question.peer.offer(&offer)).await {
         Ok(Ok(blockers)) => plan.blockers.extend(blockers),
         Ok(Err(error)) => plan.blockers.push(unusable(&error, address)),
         Err(_) => plan.blockers.push(silent(address)),
@@ -140,7 +155,7 @@ fn predict_times(question: &Question, plan: &mut Plan) {
     let pages = question.populated_bytes / PAGE_SIZE;
     let all = predict(pages, question.known_rate, question.fixed_cost);
     plan.total = Some(all);
-    plan.downtime = Some(match question.mode {
+    plan.downtime = Some(match question.mode.mode {
         Mode::Stop => all,
         Mode::Precopy => question.fixed_cost,
     });

@@ -4,11 +4,16 @@
 //! every further round costs the guest; and rather end with the numbers than
 //! run for ever.
 
+pub mod copies;
+
 use std::time::Duration;
 
 use crate::pages::{PageBitmap, PageSet};
 use crate::units::{PAGE_SIZE, PageIndex, PageRun};
 
+/// The longest stop of a workload whose memory moves page by page, unless the user says
+/// otherwise.
+pub const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_millis(50);
 /// Pages that one sampled page speaks for.
 const NEIGHBOURHOOD: u64 = 64;
 /// Rounds without progress before the hot pages are given a chance to cool.

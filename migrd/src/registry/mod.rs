@@ -11,6 +11,7 @@ mod verbs;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -27,11 +28,14 @@ use crate::workload::{Engine, Kind, Workload};
 use claims::Table;
 use owner::{Command, Holding, Owner, OwnerHandle};
 
-pub use owner::FrozenWork;
+pub use owner::{FrozenWork, Looked, Saving};
 pub use status::{RegistryError, State, Status, Watching};
 
 /// Finds the daemon at an address.
 pub type Peers = Arc<dyn Fn(&str) -> Arc<dyn Peer> + Send + Sync>;
+
+/// What the stop of a process tree is taken to cost besides memory until one was seen.
+const TREE_COST: Duration = Duration::from_millis(150);
 
 /// The workloads of this host. Cheap to clone.
 #[derive(Clone)]
@@ -47,7 +51,8 @@ struct Shared {
     engines: BTreeMap<&'static str, Arc<dyn Engine>>,
     peers: Peers,
     memory: HostMemory,
-    fixed_cost: FixedCost,
+    vm_cost: FixedCost,
+    tree_cost: FixedCost,
     rates: Mutex<BTreeMap<String, f64>>,
     lanes: u32,
     shutdown: CancellationToken,
@@ -78,6 +83,14 @@ impl Shared {
         self.engines.get(kind_name(kind)).cloned()
     }
 
+    /// What a stop of such a workload costs besides memory.
+    fn fixed_cost(&self, kind: Kind) -> &FixedCost {
+        match kind {
+            Kind::Vm => &self.vm_cost,
+            Kind::Process | Kind::Container => &self.tree_cost,
+        }
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -87,6 +100,7 @@ fn kind_name(kind: Kind) -> &'static str {
     match kind {
         Kind::Vm => "vm",
         Kind::Process => "process",
+        Kind::Container => "container",
     }
 }
 
@@ -105,7 +119,8 @@ impl Registry {
                 engines,
                 peers,
                 memory: HostMemory::of_this_host(),
-                fixed_cost: FixedCost::default(),
+                vm_cost: FixedCost::default(),
+                tree_cost: FixedCost::about(TREE_COST),
                 rates: Mutex::default(),
                 lanes,
                 shutdown,
@@ -122,7 +137,7 @@ impl Registry {
             None => {
                 let runner = match record.identity.kind {
                     Kind::Vm => "VMM",
-                    Kind::Process => "keeper",
+                    Kind::Process | Kind::Container => "keeper",
                 };
                 Holding::Lost(format!("its {runner} is gone: the host restarted, or it was killed"))
             }

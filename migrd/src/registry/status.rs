@@ -6,6 +6,7 @@ use tokio::sync::watch;
 
 use crate::migration::journal::{Identity, JournalError, Ownership, WorkloadRecord};
 use crate::migration::link::Blocker;
+use crate::migration::mode::NoSuchMode;
 use crate::migration::phase::{Progress, Report};
 use crate::units::{Epoch, MigrationId};
 use crate::workload::{Kind, RunState, WorkloadError};
@@ -116,6 +117,9 @@ pub enum RegistryError {
         "the migration of {0} is past the point of no return and can't be cancelled; its result follows"
     )]
     TooLate(String),
+    /// It can't move in the mode that was asked for.
+    #[error(transparent)]
+    NoSuchMode(#[from] NoSuchMode),
     /// Not enough memory.
     #[error("{}; {}", .0.message, .0.remedy)]
     NoRoom(Blocker),

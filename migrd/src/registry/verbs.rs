@@ -6,13 +6,13 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::owner::Command;
-use super::{FrozenWork, Registry, RegistryError, State, Status, Watching};
+use super::{FrozenWork, Looked, Registry, RegistryError, Saving, State, Status, Watching};
 use crate::migration::link::Peer;
 use crate::migration::phase::Report;
 use crate::migration::plan::{Plan, Question};
 use crate::migration::source::Request;
 use crate::units::MigrationId;
-use crate::workload::{Carry, Footprint, Problem, Terminal};
+use crate::workload::{Carry, Footprint, Terminal};
 
 impl Registry {
     /// Its output, input and figures, while it is here.
@@ -120,26 +120,25 @@ impl Registry {
         Ok(())
     }
 
-    /// Lends it, frozen, to `work`, and sets it running again. `what` of it is
-    /// chosen before.
+    /// Lends it, frozen, to `work`, and sets it running again, or ends it.
     ///
     /// # Errors
     /// When it is not here, or `work` fails.
     pub async fn checkpoint(
         &self,
         name: &str,
-        what: Carry,
+        how: Saving,
         work: FrozenWork,
     ) -> Result<Duration, RegistryError> {
-        self.ask(name, |reply| Command::Frozen(what, work, reply)).await
+        self.ask(name, |reply| Command::Frozen(how, work, reply)).await
     }
 
-    /// What keeps `what` of it from being saved as it is now.
+    /// What keeps `what` of it from being saved as it is now, and how it is saved.
     ///
     /// # Errors
     /// When it is not here, or can't be looked at.
-    pub async fn problems(&self, name: &str, what: Carry) -> Result<Vec<Problem>, RegistryError> {
-        self.ask(name, |reply| Command::Problems(what, reply)).await
+    pub async fn look(&self, name: &str, what: Carry) -> Result<Looked, RegistryError> {
+        self.ask(name, |reply| Command::Look(what, reply)).await
     }
 
     /// Starts moving it.

@@ -124,6 +124,9 @@ pub async fn serve(
     let site = Site { host, address: here.clone() };
     let vms = VmEngine::new(state.path.join("vms"), site.clone()).map_err(failed)?;
     let criu = find_criu(args.criu.clone()).await;
+    let containers = ProcessEngine::new(state.path.join("containers"), site.clone(), criu.clone());
+    let containers = containers.and_then(|engine| engine.of_containers(args.runc.as_deref()));
+    let containers = containers.map_err(failed)?;
     let processes = ProcessEngine::new(state.path.join("processes"), site, criu).map_err(failed)?;
     let peers = Peers::new(&here, host);
     let down = CancellationToken::new();
@@ -135,6 +138,7 @@ pub async fn serve(
         engines: vec![
             (Kind::Vm, Arc::new(vms.clone()) as Arc<dyn Engine>),
             (Kind::Process, Arc::new(processes.clone())),
+            (Kind::Container, Arc::new(containers.clone())),
         ],
         peers: Arc::new(move |address| found.find(address)),
         lanes: args.lanes,
@@ -147,18 +151,23 @@ pub async fn serve(
         Arc::new(gate.clone()),
         Patience::default(),
     );
-    let engines: [(Kind, Arc<dyn Recovers>); 2] =
-        [(Kind::Vm, Arc::new(vms.clone())), (Kind::Process, Arc::new(processes.clone()))];
+    let engines: [(Kind, Arc<dyn Recovers>); 3] = [
+        (Kind::Vm, Arc::new(vms.clone())),
+        (Kind::Process, Arc::new(processes.clone())),
+        (Kind::Container, Arc::new(containers.clone())),
+    ];
     recover::recover(&registry, &arrivals, &journal, &engines, &peers).await?;
 
+    let processes = Arc::new(processes);
     let control = ControlService::new(
         registry.clone(),
         arrivals.clone(),
         vms.clone(),
-        Some(Arc::new(processes)),
+        Some(processes.clone()),
         peers.clone(),
-    );
-    let peer = PeerServer::new(PeerService::new(registry.clone(), arrivals.clone()));
+    )
+    .with_containers(Arc::new(containers));
+    let peer = PeerServer::new(PeerService::new(registry.clone(), arrivals.clone(), processes));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ControlServer<ControlService>>().await;
     health.set_serving::<PeerServer<PeerService>>().await;

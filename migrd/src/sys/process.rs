@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 
+use nix::sched::{CloneFlags, setns};
+
 /// Above every number that a child inherits, so that moving one descriptor
 /// into place cannot overwrite the next.
 const ABOVE: RawFd = 64;
@@ -59,6 +61,47 @@ pub fn join_cgroup(command: &mut Command, procs: OwnedFd) {
     unsafe { command.pre_exec(hook) };
 }
 
+/// Makes `command` run in each of these namespaces, of the kind beside it (setns(2)).
+/// One of PIDs is not entered like this: it holds for children.
+pub fn enter(command: &mut Command, namespaces: Vec<(OwnedFd, CloneFlags)>) {
+    if namespaces.is_empty() {
+        return;
+    }
+    let hook = move || {
+        for (namespace, kind) in &namespaces {
+            setns(namespace, *kind)?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the hook only makes system calls; it takes no lock
+    // and allocates nothing.
+    unsafe { command.pre_exec(hook) };
+}
+
+/// When the process that has `pid` now was started, in clock ticks since the host was
+/// (`starttime` of proc_pid_stat(5)): with its number, that names it for good.
+#[must_use]
+pub fn start_time(pid: u32) -> Option<u64> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    // The command may have blanks and parentheses in it.
+    let stat = String::from_utf8_lossy(&stat);
+    let (_, after) = stat.rsplit_once(')')?;
+    after.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// Whether this process may read the limits of another one: `prlimit(2)` asks for
+/// `CAP_SYS_RESOURCE`, unless that one runs as the same user and group in every way.
+///
+/// # Errors
+/// What the kernel says instead.
+pub fn may_read_limits(pid: u32) -> io::Result<()> {
+    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: sets nothing, and writes one limit, which lives here.
+    let read = unsafe { libc::prlimit(pid, libc::RLIMIT_CPU, std::ptr::null(), &raw mut limit) };
+    if read == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// A process, named so that its number being used again does no harm.
 #[derive(Debug)]
 pub struct PidFd(OwnedFd);
@@ -100,16 +143,24 @@ impl PidFd {
     /// # Errors
     /// What `pidfd_send_signal(2)` says.
     pub fn kill(&self) -> io::Result<()> {
+        match self.signal(libc::SIGKILL) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// What `pidfd_send_signal(2)` says; `ESRCH` when it is gone.
+    pub fn signal(&self, signal: libc::c_int) -> io::Result<()> {
         let none = std::ptr::null::<libc::siginfo_t>();
         let (call, fd) = (libc::SYS_pidfd_send_signal, self.0.as_raw_fd());
         // SAFETY: a plain system call; a null siginfo means the usual one.
-        if unsafe { libc::syscall(call, fd, libc::SIGKILL, none, 0) } == 0 {
+        if unsafe { libc::syscall(call, fd, signal, none, 0) } == 0 {
             return Ok(());
         }
-        match io::Error::last_os_error() {
-            e if e.raw_os_error() == Some(libc::ESRCH) => Ok(()),
-            e => Err(e),
-        }
+        Err(io::Error::last_os_error())
     }
 
     /// Takes the exit status of a child of ours that has ended, so that no

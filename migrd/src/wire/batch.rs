@@ -49,6 +49,11 @@ pub(super) struct Encoded {
     pub zero_pages: u64,
 }
 
+/// The pages of `run` from `first` on.
+fn rest_from(run: PageRun, first: u64) -> PageRun {
+    PageRun { first: PageIndex(first), count: run.first.0 + run.count - first }
+}
+
 /// The batch that is being filled.
 pub(super) struct Filler {
     source: Arc<dyn ChunkSource>,
@@ -82,22 +87,33 @@ impl Filler {
             self.push(key, RunKind::Zero, run);
             return Ok(None);
         }
-        for done in 0..run.count {
-            let page = PageRun { first: PageIndex(run.first.0 + done), count: 1 };
-            if self.is_full() {
-                return Ok(Some(PageRun { first: page.first, count: run.count - done }));
+        // All that fits at once: a source that is a file takes a system call for each.
+        let start = self.used;
+        let fits = (self.buffer.len() - start) / PAGE_BYTES;
+        let count = usize::try_from(run.count).unwrap_or(usize::MAX).min(fits);
+        self.source.read(key, run.offset(), &mut self.buffer[start..start + count * PAGE_BYTES])?;
+        for (done, index) in (0..count).zip(run.first.0..) {
+            let page = PageRun { first: PageIndex(index), count: 1 };
+            if self.runs.len() >= MAX_RUNS {
+                return Ok(Some(rest_from(run, index)));
             }
-            let into = &mut self.buffer[self.used..self.used + PAGE_BYTES];
-            self.source.read(key, page.offset(), into)?;
+            let at = start + done * PAGE_BYTES;
+            let read = at..at + PAGE_BYTES;
             // Looked at in the copy: the guest may write meanwhile.
-            if into.iter().all(|byte| *byte == 0) {
+            if self.buffer[read.clone()].iter().all(|byte| *byte == 0) {
                 self.push(key, RunKind::Zero, page);
-            } else {
-                self.used += PAGE_BYTES;
-                self.push(key, RunKind::Data, page);
+                continue;
             }
+            // Zero pages before it leave a gap.
+            if at != self.used {
+                self.buffer.copy_within(read, self.used);
+            }
+            self.used += PAGE_BYTES;
+            self.push(key, RunKind::Data, page);
         }
-        Ok(None)
+        let end = run.first.0 + run.count;
+        let next = run.first.0 + count as u64;
+        Ok((next < end).then(|| rest_from(run, next)))
     }
 
     fn push(&mut self, stream: StreamKey, kind: RunKind, pages: PageRun) {

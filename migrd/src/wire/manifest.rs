@@ -9,6 +9,8 @@ use crate::workload::{Kind, Manifest, StreamKey, StreamSpec};
 const VM: &str = "vm";
 /// What a process tree is called on the wire.
 const PROCESS: &str = "process";
+/// What a container is called on the wire.
+const CONTAINER: &str = "container";
 
 /// A manifest for the wire.
 #[must_use]
@@ -37,6 +39,7 @@ pub fn manifest_to_wire(manifest: &Manifest) -> proto::Manifest {
         kind: match kind {
             Kind::Vm => VM.into(),
             Kind::Process => PROCESS.into(),
+            Kind::Container => CONTAINER.into(),
         },
         streams: streams.iter().map(spec).collect(),
         config: config.clone().into(),
@@ -70,6 +73,7 @@ pub fn manifest_from_wire(manifest: proto::Manifest) -> Result<Manifest, String>
     let kind = match kind.as_str() {
         VM => Kind::Vm,
         PROCESS => Kind::Process,
+        CONTAINER => Kind::Container,
         _ => return Err("the manifest is of a kind that this migrd does not know".into()),
     };
     let spec = |spec: proto::StreamSpec| StreamSpec {
@@ -98,7 +102,7 @@ mod tests {
 
     #[test]
     fn a_manifest_of_every_kind_arrives_as_it_was_sent() {
-        for kind in [Kind::Vm, Kind::Process] {
+        for kind in [Kind::Vm, Kind::Process, Kind::Container] {
             let manifest = Manifest {
                 workload: WorkloadId::random(),
                 name: "job".into(),
@@ -122,7 +126,7 @@ mod tests {
 
     #[test]
     fn a_manifest_of_a_kind_that_is_not_known_is_refused() {
-        for kind in ["", "VM", "container", "process "] {
+        for kind in ["", "VM", "pod", "process "] {
             let sent = proto::Manifest {
                 workload_id: WorkloadId::random().to_string(),
                 kind: kind.into(),

@@ -31,13 +31,15 @@ pub enum ReceiveError {
         error: BatchError,
     },
     /// The workload did not take bytes that the manifest has.
-    #[error("lane {lane}: the workload took no bytes: {error}; check memory and disk space")]
+    #[error("lane {lane}: the workload took no bytes: {}", refused(.trouble.as_deref(), error))]
     Sink {
         /// On which lane.
         lane: usize,
         /// What it said.
         #[source]
         error: OutOfStream,
+        /// Why, and what to do, if the workload knows.
+        trouble: Option<String>,
     },
     /// The connection of a lane went.
     #[error("the connection of lane {lane} is lost: {message}")]
@@ -61,6 +63,13 @@ pub enum ReceiveError {
         /// Sent, by lane.
         sent: Vec<u64>,
     },
+}
+
+fn refused(trouble: Option<&str>, error: &OutOfStream) -> String {
+    match trouble {
+        Some(trouble) => trouble.to_owned(),
+        None => format!("{error}; check memory and disk space"),
+    }
 }
 
 #[derive(Debug)]
@@ -224,7 +233,9 @@ impl<'a> LaneApply<'a> {
     pub(super) fn error(&mut self, error: BatchError) -> ReceiveError {
         let lane = self.lane;
         match self.sink_error.take() {
-            Some(error) => ReceiveError::Sink { lane, error },
+            Some(error) => {
+                ReceiveError::Sink { lane, error, trouble: self.receiver.sink.trouble() }
+            }
             None => ReceiveError::Batch { lane, error },
         }
     }

@@ -5,6 +5,7 @@
 //! shares a [`Census`], which fails the test the moment two of one workload run.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,8 +13,8 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::{
-    Arriving, Carry, ChunkSink, ChunkSource, Footprint, OutOfStream, Output, Problem, RunState,
-    StreamHash, StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
+    Ahead, Arriving, Carry, ChunkSink, ChunkSource, Footprint, Needing, Needs, OutOfStream, Output,
+    Problem, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
 };
 use crate::pages::{PageBitmap, PageSet};
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
@@ -45,6 +46,8 @@ impl Census {
 /// An operation that a guest can be made to refuse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Op {
+    /// `copy_ahead`.
+    CopyAhead,
     /// `start_tracking`.
     StartTracking,
     /// `dirty`.
@@ -93,12 +96,19 @@ struct Inner {
     spared: BTreeMap<Op, u32>,
     calls: Vec<Op>,
     hangs_after: Option<u32>,
+    never_loads: bool,
     carried: Carry,
     problems: Vec<Problem>,
     /// Into how many parts its rest falls; 0 counts as 1.
     parts: u64,
     /// What of its rest was not asked for yet; `None`: it was not asked at all.
     rest: Option<VecDeque<PageSet>>,
+    /// Its memory goes in copies, each of so many parts; 0: page by page.
+    copies: u64,
+    /// What of the copy that it makes was not asked for yet; `None`: it makes none.
+    copy: Option<VecDeque<PageSet>>,
+    /// How many copies it has room for.
+    room: Option<u32>,
 }
 
 impl Guest {
@@ -139,6 +149,23 @@ impl Guest {
         self.lock().parts = parts;
     }
 
+    /// From now on its memory goes in copies, each of so many parts, and it is saved
+    /// after the last part of its rest.
+    pub fn copies_in(&self, parts: u64) {
+        self.in_parts(1);
+        self.lock().copies = parts;
+    }
+
+    /// It can make so many copies and not more.
+    pub fn has_room_for(&self, copies: u32) {
+        self.lock().room = Some(copies);
+    }
+
+    /// Whether writes to its memory are noted.
+    pub fn is_tracked(&self) -> bool {
+        self.lock().dirty.is_some()
+    }
+
     /// From now on these keep it from being saved.
     pub fn has(&self, problems: Vec<Problem>) {
         self.lock().problems = problems;
@@ -160,6 +187,11 @@ impl Guest {
     /// its future is dropped.
     pub fn hangs_after(&self, parts: u32) {
         self.lock().hangs_after = Some(parts);
+    }
+
+    /// From now on its `load` never returns, until its future is dropped.
+    pub fn never_loads(&self) {
+        self.lock().never_loads = true;
     }
 
     /// Whether this call of `rest` is to hang.
@@ -385,12 +417,52 @@ impl Workload for FakeWorkload {
         Ok(())
     }
 
-    fn needs(&self) -> Vec<u8> {
-        Vec::new()
+    fn needs(&self) -> Needing {
+        Arc::new(Needs::default)
+    }
+
+    fn saves_files(&self) -> bool {
+        false
+    }
+
+    async fn save_files_in(&mut self, _: OwnedFd) -> Result<(), WorkloadError> {
+        Err(WorkloadError::new("it is saved in streams and has no files"))
     }
 
     async fn problems(&mut self) -> Result<Vec<Problem>, WorkloadError> {
         Ok(self.0.lock().problems.clone())
+    }
+
+    fn ahead(&self) -> Ahead {
+        let inner = self.0.lock();
+        match (inner.copies, inner.room) {
+            (0, _) => Ahead::Pages,
+            (_, Some(0)) => Ahead::Not("the fake has no room for another copy".into()),
+            _ => Ahead::Copies { pays: true, why: "the fake makes copies".into() },
+        }
+    }
+
+    async fn copy_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
+        self.0.check(Op::CopyAhead)?;
+        if self.0.hangs() {
+            return std::future::pending().await;
+        }
+        if self.0.lock().copy.is_none() {
+            self.0.scribble();
+            let populated = self.0.populated();
+            let mut inner = self.0.lock();
+            inner.room = inner.room.map(|room| room.saturating_sub(1));
+            let clean = PageBitmap::none(populated.pages());
+            let mut set = PageSet::default();
+            set.set(STREAM, inner.dirty.replace(clean).unwrap_or(populated));
+            inner.copy = Some(split(&set, inner.copies));
+        }
+        let mut inner = self.0.lock();
+        let part = inner.copy.as_mut().and_then(VecDeque::pop_front);
+        if part.is_none() {
+            inner.copy = None;
+        }
+        Ok(part)
     }
 
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
@@ -401,7 +473,9 @@ impl Workload for FakeWorkload {
     }
 
     async fn stop_tracking(&mut self) -> Result<(), WorkloadError> {
-        self.0.lock().dirty = None;
+        let mut inner = self.0.lock();
+        inner.dirty = None;
+        inner.copy = None;
         Ok(())
     }
 
@@ -530,6 +604,10 @@ impl Arriving for FakeArriving {
 
     async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {
         self.0.check(Op::Load)?;
+        let never = self.0.lock().never_loads;
+        if never {
+            return std::future::pending().await;
+        }
         let turn = <[u8; 8]>::try_from(state)
             .map_err(|e| WorkloadError::caused("the state is not of 8 bytes", e))?;
         self.0.written.store(u64::from_le_bytes(turn), Ordering::Relaxed);

@@ -12,6 +12,7 @@ pub mod process;
 pub mod storage;
 pub mod vm;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -112,6 +113,12 @@ pub trait ChunkSink: Send + Sync {
     /// # Errors
     /// When the stream has no such bytes; nothing is then written.
     fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream>;
+
+    /// Why something was refused that the stream has room for, with what to do about
+    /// it; `None` where nothing but that is known.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
 }
 
 /// BLAKE3 of one stream; what exactly is hashed is in `docs/protocol.md`.
@@ -146,6 +153,8 @@ impl Problem {
 pub struct Carry {
     /// Its disks travel with it.
     pub disks: bool,
+    /// It goes to files on a disk, and takes no memory on its way.
+    pub to_files: bool,
     /// What may be done to a process tree.
     pub process: ProcessOptions,
 }
@@ -162,6 +171,24 @@ pub struct ProcessOptions {
     pub ghost_limit_bytes: u64,
     /// Close established TCP connections.
     pub drop_connections: bool,
+}
+
+/// How the memory of a workload can move while it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// Page by page: [`Workload::start_tracking`], [`Workload::dirty`] and
+    /// [`Workload::clear`].
+    Pages,
+    /// In copies of what has changed, which it makes itself:
+    /// [`Workload::copy_ahead`].
+    Copies {
+        /// It has enough memory for that to be better than to stop it at once.
+        pays: bool,
+        /// Why it does or does not, in words.
+        why: String,
+    },
+    /// Not at all, and why, in words.
+    Not(String),
 }
 
 /// What a workload is doing.
@@ -255,9 +282,9 @@ pub trait Workload: Send + Sync {
     /// When something can't travel.
     async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError>;
 
-    /// What it has to find on a host that it goes to, as its kind writes that down,
-    /// as of the last call of [`problems`](Self::problems); empty: nothing.
-    fn needs(&self) -> Vec<u8>;
+    /// Says what it has to find on a host that it goes to, as of the last call of
+    /// [`problems`](Self::problems). It may be called without the workload.
+    fn needs(&self) -> Needing;
 
     /// What keeps it from being saved as it is now, with what `carry` chose;
     /// empty: nothing is known to. Only looks.
@@ -266,11 +293,37 @@ pub trait Workload: Send + Sync {
     /// When it can't be looked at.
     async fn problems(&mut self) -> Result<Vec<Problem>, WorkloadError>;
 
+    /// Whether its saved form is a directory of files, which
+    /// [`save_files_in`](Self::save_files_in) names.
+    fn saves_files(&self) -> bool;
+
+    /// Has the next `freeze` write into `directory`, which is empty, what else would
+    /// be streams: until the next [`carry`](Self::carry), or a `thaw`.
+    ///
+    /// # Errors
+    /// When it saves no files.
+    async fn save_files_in(&mut self, directory: OwnedFd) -> Result<(), WorkloadError>;
+
+    /// Whether and how its memory can move while it runs, as it is now and with what
+    /// `carry` chose.
+    fn ahead(&self) -> Ahead;
+
+    /// Of one that moves [by copies](Ahead::Copies): the next part of a copy that it
+    /// makes while it runs, `None` when that copy is complete; the call after that
+    /// begins the next. The first copy has everything, each other one what has changed
+    /// since the one before, and after the last [`rest`](Self::rest) has the same. A
+    /// part does not change any more. Ended by
+    /// [`stop_tracking`](Self::stop_tracking), also in the middle.
+    ///
+    /// # Errors
+    /// When there is no next part. It runs on.
+    async fn copy_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError>;
+
     /// From now on knows which pages differ from what was last cleared. At
     /// first every populated page does.
     async fn start_tracking(&mut self) -> Result<(), WorkloadError>;
 
-    /// Ends what `start_tracking` began. Harmless if it did not.
+    /// Ends what `start_tracking` or `copy_ahead` began. Harmless if neither did.
     async fn stop_tracking(&mut self) -> Result<(), WorkloadError>;
 
     /// The pages that hold something and were written since they were last
@@ -345,6 +398,37 @@ pub trait Workload: Send + Sync {
     async fn discard(self: Box<Self>);
 }
 
+/// What a workload has to find on a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// As its kind writes that down; empty: nothing.
+    pub written: Vec<u8>,
+    /// How much of files such a host reads, in bytes, to see whether it has that.
+    pub reads: u64,
+}
+
+impl Needs {
+    /// How much longer than others a host may take to see whether it has that: a slow
+    /// disk gives 64 MiB a second.
+    #[must_use]
+    pub fn patience(&self) -> std::time::Duration {
+        std::time::Duration::from_secs(self.reads >> 26)
+    }
+}
+
+/// Says what a workload needs. Blocks as long as it takes to read as much of files as
+/// it says that others have to.
+pub type Needing = Arc<dyn Fn() -> Needs + Send + Sync>;
+
+/// Has it said beside what is asynchronous.
+///
+/// # Errors
+/// When it panics.
+pub async fn needed(needing: Needing) -> Result<Needs, WorkloadError> {
+    let said = tokio::task::spawn_blocking(move || needing()).await;
+    said.map_err(|e| WorkloadError::caused("looking at the files that it needs failed", e))
+}
+
 /// The workload at the destination, from empty to running.
 #[async_trait]
 pub trait Arriving: Send + Sync {
@@ -402,6 +486,8 @@ pub enum Kind {
     Vm,
     /// A process tree.
     Process,
+    /// An OCI container: a process tree that runc makes.
+    Container,
 }
 
 /// Makes workloads of one kind on this host.

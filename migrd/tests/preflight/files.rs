@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use migrd::workload::process::preflight::Options;
 use migrd::workload::process::preflight::files::{
     Access, Kind, UsedFile, compare, from_wire, hash, to_wire,
 };
@@ -48,4 +49,22 @@ p = open('/proc/self/status'); g = tempfile.TemporaryFile()",
     std::fs::remove_file(path("log")).unwrap();
     let codes: Vec<_> = compare(&arrived).into_iter().map(|problem| problem.code).collect();
     assert_eq!(codes, ["destination-file-missing", "destination-file-differs"]);
+}
+
+#[test]
+fn what_moves_with_the_tree_need_not_be_at_the_destination() {
+    let tree = Tree::start(
+        "check(libc.mount(b'none', b'/dev/shm', b'tmpfs', 0, None))
+a = open('/dev/shm/segment', 'w+b'); a.truncate(4096); m = mmap.mmap(a.fileno(), 4096)
+b = open('/dev/shm/segment')",
+    );
+    let segment = Path::new("/dev/shm/segment");
+    let needs = |carried: &[&str]| {
+        let carried = carried.iter().map(ToString::to_string).collect();
+        let found = tree.scan(&Options { carried, ..tree.options() });
+        assert!(found.problems.is_empty(), "{:#?}", found.problems);
+        found.files.iter().any(|file| file.path == segment)
+    };
+    assert!(needs(&[]) && needs(&["/dev"]));
+    assert!(!needs(&["/dev/shm"]));
 }

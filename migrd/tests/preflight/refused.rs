@@ -194,3 +194,20 @@ fn a_unix_socket_of_another_network_is_refused() {
     tree.is_a_problem("socket-other-network", &options);
     tree.dump(&[]).expect_err("a false alarm: CRIU takes it");
 }
+
+#[test]
+fn a_process_of_another_user_is_refused_where_its_limits_may_not_be_read() {
+    let tree = Tree::start("os.setgroups([]); os.setgid(65534); os.setuid(65534)");
+    if may_read_all_limits() {
+        tree.is_carried(&tree.options(), &[]);
+    } else {
+        tree.is_refused("other-user", "Can't get rlimit");
+    }
+}
+
+/// Whether this process has `CAP_SYS_RESOURCE` (capability.h: 24).
+fn may_read_all_limits() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    u64::from_str_radix(line.trim(), 16).unwrap() & 1 << 24 != 0
+}

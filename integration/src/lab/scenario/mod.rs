@@ -8,3 +8,4 @@ pub mod demo;
 pub mod moves;
 pub mod power;
 pub mod table;
+pub mod trees;

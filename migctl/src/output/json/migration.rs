@@ -13,6 +13,8 @@ pub struct Migration {
     pub workload: String,
     pub kind: &'static str,
     pub mode: &'static str,
+    /// Why in this mode; null where the daemon did not say.
+    pub mode_reason: Option<String>,
     pub outcome: Outcome,
     pub source: String,
     pub destination: String,
@@ -100,6 +102,7 @@ impl From<v1::MigrationResult> for Migration {
             kind: kind(from.kind()),
             mode: mode(from.mode()),
             outcome: outcome(from.outcome()),
+            mode_reason: filled(from.mode_reason),
             migration_id: from.migration_id,
             workload: from.workload,
             source: from.source,
@@ -215,6 +218,8 @@ pub struct Plan {
     pub workload: String,
     pub kind: &'static str,
     pub mode: &'static str,
+    /// Why in this mode; null where the daemon did not say.
+    pub mode_reason: Option<String>,
     pub source: String,
     pub destination: String,
     pub possible: bool,
@@ -236,6 +241,7 @@ impl From<v1::MigrationPlan> for Plan {
         Self {
             kind: kind(from.kind()),
             mode: mode(from.mode()),
+            mode_reason: filled(from.mode_reason),
             workload: from.workload,
             source: from.source,
             destination: from.destination,

@@ -101,13 +101,27 @@ pub struct Process {
     pub net: Option<ProcessNet>,
     pub pid: Option<u32>,
     pub processes: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container: Option<Container>,
+}
+
+/// What `inspect` says of a container.
+#[derive(Debug, Serialize)]
+pub struct Container {
+    pub bundle: String,
+    pub rootfs: String,
+    pub runc_id: String,
 }
 
 impl From<v1::ProcessInfo> for Process {
     fn from(from: v1::ProcessInfo) -> Self {
-        let v1::ProcessInfo { argv, cwd, net, pid, processes } = from;
+        let v1::ProcessInfo { argv, cwd, net, pid, processes, container } = from;
         let pid = Some(pid).filter(|pid| *pid != 0);
-        Self { argv, cwd, net: net.map(Into::into), pid, processes }
+        let container = container.map(|container| {
+            let v1::ContainerInfo { bundle, rootfs, runc_id } = container;
+            Container { bundle, rootfs, runc_id }
+        });
+        Self { argv, cwd, net: net.map(Into::into), pid, processes, container }
     }
 }
 
@@ -125,6 +139,14 @@ impl From<v1::ProcessNet> for ProcessNet {
         let v1::ProcessNet { address, bridge, gateway, mac } = from;
         Self { ip: address, bridge, gateway: filled(gateway), mac: filled(show_mac(&mac)) }
     }
+}
+
+/// `adopt` that was refused, or `--dry-run`.
+#[derive(Debug, Serialize)]
+pub struct AdoptPlan {
+    pub pid: u32,
+    pub possible: bool,
+    pub blockers: Vec<Blocker>,
 }
 
 /// `checkpoint --dry-run`.

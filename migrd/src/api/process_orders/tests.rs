@@ -26,11 +26,13 @@ fn refused(order: &proto::ExecProcessRequest) -> Senseless {
 fn a_command_alone_gets_the_root_directory_and_a_path() {
     let made = config(&order(&["sleep", "9"])).unwrap();
     let whole = proto::ProcessConfig {
+        container: None,
         version: 1,
         argv: vec!["sleep".into(), "9".into()],
         env: vec![DEFAULT_PATH.into()],
         cwd: "/".into(),
         net: None,
+        adopted: 0,
     };
     assert_eq!(made, whole);
 }

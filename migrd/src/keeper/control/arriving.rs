@@ -4,13 +4,17 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use migr_proto::v1 as proto;
 
 use super::phase::{Phase, Told};
 use super::{Control, Failure};
 use crate::child::words;
+use crate::keeper::adopt::{self, Adoption, Original};
+use crate::keeper::container;
 use crate::keeper::hold::{self, Place};
+use crate::keeper::mounts;
 use crate::keeper::stdio::Stdio;
 
 impl Control {
@@ -23,7 +27,12 @@ impl Control {
         self.expect(matches!(self.phase, Phase::Empty), "be restored")?;
         let state = restore.state.clone().unwrap_or_default();
         let work = self.work(images, restore.options, state.mounts)?;
-        self.cgroup.make()?;
+        if self.container.is_none() {
+            self.cgroup.make()?;
+            // Not before: a tree that is started here would have that mount, too, which
+            // a host that it comes to has not.
+            mounts::bind_root(&self.root)?;
+        }
         let stdio = Stdio::new(self.console.sink())?;
         let (stdin, stdout) =
             stdio.theirs().ok_or_else(|| io::Error::other("its input and output are in use"))?;
@@ -33,11 +42,36 @@ impl Control {
             stdout: stdout.try_clone_to_owned()?,
             stdio: state.stdio,
             paused: Arc::clone(&self.paused_at_restore),
+            limit: (restore.limit_ms > 0).then(|| Duration::from_millis(restore.limit_ms.into())),
         };
         let teller = self.teller.clone();
-        let hold = hold::restore(work, place, move |news| teller.tell(Told::Work(news)))?;
+        let tell = move |news| teller.tell(Told::Work(news));
+        let hold = match &self.container {
+            Some(container) => container::restore(container.clone(), work, place, tell)?,
+            None => hold::restore(work, place, tell)?,
+        };
         self.stdio = Some(stdio);
         self.input = state.input.to_vec();
+        self.phase = Phase::Restoring { hold, waits: id };
+        Ok(())
+    }
+
+    pub(super) fn adopt(
+        &mut self,
+        adopt: &proto::KeeperAdopt,
+        images: Option<OwnedFd>,
+        id: u64,
+    ) -> io::Result<()> {
+        self.expect(matches!(self.phase, Phase::Empty), "take over a process")?;
+        let adoption = Adoption {
+            work: self.work(images, adopt.options, Vec::new())?,
+            original: Original { pid: adopt.pid, start_time: adopt.start_time },
+            config: self.config.clone(),
+            paused: Arc::clone(&self.paused_at_restore),
+        };
+        self.cgroup.make()?;
+        let teller = self.teller.clone();
+        let hold = adopt::adopt(adoption, move |news| teller.tell(Told::Work(news)))?;
         self.phase = Phase::Restoring { hold, waits: id };
         Ok(())
     }
@@ -90,6 +124,9 @@ impl Control {
         if let Err(error) = self.cgroup.kill() {
             eprintln!("what is left of its processes: {error}");
         }
+        if let Err(error) = self.cgroup.set_frozen(false) {
+            eprintln!("its cgroup stays frozen: {error}");
+        }
         self.reply(waits, Err(failure.to_string()));
     }
 
@@ -103,11 +140,8 @@ impl Control {
             }
             (Ok(()), None) => {
                 self.phase = if paused { Phase::Paused } else { Phase::Running };
-                let input = std::mem::take(&mut self.input);
-                match &mut self.stdio {
-                    Some(stdio) if !input.is_empty() => stdio.input(&input).map_err(|e| words(&e)),
-                    _ => Ok(()),
-                }
+                self.type_again();
+                Ok(())
             }
             (Err(failure), _) => {
                 if let Err(error) = self.cgroup.kill() {

@@ -19,8 +19,7 @@ impl Control {
     ) -> io::Result<()> {
         let was_paused = matches!(self.phase, Phase::Paused);
         self.expect(was_paused || matches!(self.phase, Phase::Running), "be dumped")?;
-        let mounts = hold::external_mounts(self.init)?;
-        let work = self.work(images, dump.options, mounts)?;
+        let work = self.writing(images, dump.options, dump.parent.clone())?;
         if !was_paused {
             self.cgroup.freeze()?;
         }
@@ -94,9 +93,8 @@ impl Control {
             error,
             stdio: self.stdio.as_ref().map(Stdio::names).unwrap_or_default(),
             input: input.into(),
-            mounts: hold::external_mounts(self.init).unwrap_or_default(),
+            mounts: self.external_mounts().unwrap_or_default(),
             processes: self.stats().processes,
-            criu: String::new(),
         };
         self.queue(keeper_message::Message::Dumped(dumped));
         if let Phase::Dumping { hold, written, word, leave_running, .. } = &mut self.phase {
@@ -110,6 +108,7 @@ impl Control {
     }
 
     pub(super) fn dump_failed(&mut self, failure: &Failure) {
+        eprintln!("its processes were not written: {failure}");
         let dumped =
             proto::KeeperDumped { error: failure.to_string(), ..proto::KeeperDumped::default() };
         self.queue(keeper_message::Message::Dumped(dumped));
@@ -128,15 +127,11 @@ impl Control {
             }
             return;
         }
-        let input = std::mem::take(&mut self.input);
-        let typed = match &mut self.stdio {
-            Some(stdio) if !input.is_empty() => stdio.input(&input),
-            _ => Ok(()),
-        };
+        self.type_again();
         let thawed = if was_paused { self.cgroup.freeze() } else { self.cgroup.set_frozen(false) };
         self.phase = if was_paused { Phase::Paused } else { Phase::Running };
         if let Some((_, waits)) = word {
-            self.reply(waits, typed.and(thawed).map_err(|e| words(&e)));
+            self.reply(waits, thawed.map_err(|e| words(&e)));
         }
     }
 }

@@ -4,18 +4,19 @@
 //! ```text
 //!            start             dump
 //!   Empty ──────────▶ Running ──────▶ Dumping ──kill──▶ Ended
-//!     │                 ▲  ▲             │
-//!     │ restore         │  └────thaw─────┘        [`leaving`]
+//!     │ restore         ▲  ▲             │
+//!     │ or adopt        │  └────thaw─────┘        [`leaving`]
 //!     ▼                 │
 //!   Restoring ──▶ Restored ──release              [`arriving`]
 //! ```
 
+mod ahead;
 mod arriving;
 mod leaving;
 mod phase;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -26,15 +27,18 @@ use migr_proto::v1::{self as proto, keeper_message, keeper_reply, keeper_request
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::cgroup::Cgroup;
+use super::container::{self, Container};
 use super::criu::Failure;
 use super::entry::{Fds, KeeperArgs};
-use super::hold::{News, Work};
+use super::hold::{self, News, Work};
 use super::stdio::Stdio;
 use super::tree;
 use crate::child::console::Console;
 use crate::child::output::SerialLog;
 use crate::child::serving::{self, Line, Served, Then};
 use crate::child::words;
+use crate::sys::process::PidFd;
+use ahead::Ahead;
 use phase::{Phase, Teller, Told};
 
 /// The first byte of a connection to a keeper.
@@ -46,6 +50,8 @@ pub struct Control {
     /// The network namespace of the tree, if it has one of its own.
     network: Option<OwnedFd>,
     config: proto::ProcessConfig,
+    /// What makes its tree a container.
+    container: Option<Container>,
     criu: PathBuf,
     root: PathBuf,
     cgroup: Cgroup,
@@ -54,8 +60,11 @@ pub struct Control {
     /// Input to be typed when the tree runs.
     input: Vec<u8>,
     phase: Phase,
+    ahead: Ahead,
     /// The tree's init.
     init: u32,
+    /// The same, whoever has its number later.
+    init_process: Option<PidFd>,
     /// A tree that is restored is to stand still at its first word.
     paused_at_restore: Arc<AtomicBool>,
     told: Receiver<Told>,
@@ -72,6 +81,7 @@ impl Control {
     pub fn new(fds: Fds, config: proto::ProcessConfig, args: &KeeperArgs) -> io::Result<Self> {
         let KeeperArgs { criu, cgroup, root } = args.clone();
         let Fds { listener, log, bell, network } = fds;
+        let container = Container::of(&config, root.parent().unwrap_or(&root))?;
         let console = Console::default();
         let mut output = SerialLog::new(&log, &bell)?;
         let draining = console.clone();
@@ -84,6 +94,7 @@ impl Control {
             line: Line::new(listener, READY, vec![log, bell], rung),
             network,
             config,
+            container,
             criu,
             root,
             cgroup: Cgroup::at(&cgroup),
@@ -91,7 +102,9 @@ impl Control {
             stdio: None,
             input: Vec::new(),
             phase: Phase::Empty,
+            ahead: Ahead::default(),
             init: 0,
+            init_process: None,
             paused_at_restore: Arc::default(),
             told,
             teller,
@@ -149,10 +162,14 @@ impl Control {
 
     fn start(&mut self) -> io::Result<()> {
         self.expect(matches!(self.phase, Phase::Empty), "start")?;
-        self.cgroup.make()?;
         let mut stdio = Stdio::new(self.console.sink())?;
-        let network = self.network.as_ref().map(AsFd::as_fd);
-        let init = tree::start(&self.config, &self.cgroup, &stdio, network)?;
+        let network = self.network.as_ref();
+        let init = if let Some(container) = &self.container {
+            container.start(&self.cgroup, &stdio, network.map(AsRawFd::as_raw_fd))?
+        } else {
+            self.cgroup.make()?;
+            tree::start(&self.config, &self.cgroup, &stdio, network.map(AsFd::as_fd))?
+        };
         stdio.handed_over();
         self.stdio = Some(stdio);
         self.follow(init)?;
@@ -163,8 +180,11 @@ impl Control {
     /// From now on hears of the end of an init.
     fn follow(&mut self, init: u32) -> io::Result<()> {
         self.init = init;
+        // Nobody has waited for it yet, so the number is still its own.
+        self.init_process = Some(PidFd::open(init)?);
         let teller = self.teller.clone();
-        let wait = move || teller.tell(Told::End(init, tree::wait(init)));
+        let wait = if self.container.is_some() { container::wait } else { tree::wait };
+        let wait = move || teller.tell(Told::End(init, wait(init)));
         std::thread::Builder::new().name("init".into()).spawn(wait)?;
         Ok(())
     }
@@ -201,20 +221,62 @@ impl Control {
         }
     }
 
+    /// Types what an earlier run has not read. It can't be typed twice, and is not
+    /// worth the tree.
+    fn type_again(&mut self) {
+        let input = std::mem::take(&mut self.input);
+        if input.is_empty() {
+            return;
+        }
+        let typed = match &mut self.stdio {
+            Some(stdio) => stdio.input(&input),
+            None => Err(io::Error::other("it has no standard input")),
+        };
+        if let Err(error) = typed {
+            eprintln!("{} bytes of input that it has not read are lost: {error}", input.len());
+        }
+    }
+
     fn terminate(&mut self) -> io::Result<()> {
         self.expect(matches!(self.phase, Phase::Running), "be asked to end")?;
-        tree::terminate(self.init)
+        let gone = || io::Error::other("it has ended");
+        tree::terminate(self.init_process.as_ref().ok_or_else(gone)?, self.init)
     }
 
     fn stats(&self) -> proto::KeeperStatsReply {
         let processes = self.cgroup.processes().unwrap_or_default();
-        let resident = processes.iter().map(|pid| resident_bytes(*pid)).sum();
+        let sum = |what: &str| processes.iter().map(|pid| held_bytes(*pid, what)).sum();
         proto::KeeperStatsReply {
             processes: u32::try_from(processes.len()).unwrap_or(u32::MAX),
-            resident_bytes: resident,
+            resident_bytes: sum("VmRSS:"),
+            private_bytes: sum("RssAnon:"),
             output_dropped: self.console.dropped(),
             stdio: self.stdio.as_ref().map(Stdio::names).unwrap_or_default(),
         }
+    }
+
+    /// The mounts that CRIU does not look into, by their paths. Those of a container
+    /// have other names.
+    fn external_mounts(&self) -> io::Result<Vec<String>> {
+        match &self.container {
+            Some(_) => Ok(Vec::new()),
+            None => hold::external_mounts(self.init),
+        }
+    }
+
+    /// Work that writes the tree as it is now, on top of the images of `parent`.
+    fn writing(
+        &self,
+        images: Option<OwnedFd>,
+        options: Option<proto::ProcessOptions>,
+        parent: String,
+    ) -> io::Result<Work> {
+        let work = self.work(images, options, self.external_mounts()?)?;
+        let external = match &self.container {
+            Some(container) => container.external(self.init)?,
+            None => Vec::new(),
+        };
+        Ok(Work { parent, external, ..work })
     }
 
     fn work(
@@ -229,10 +291,17 @@ impl Control {
         Ok(Work {
             criu: self.criu.clone(),
             images,
+            logs: hold::logs()?,
             cgroup: self.cgroup.path().to_owned(),
             options: options.unwrap_or_default(),
             network,
             mounts,
+            external: Vec::new(),
+            network_key: match &self.container {
+                Some(_) => container::NETWORK_KEY,
+                None => hold::NETWORK_KEY,
+            },
+            parent: String::new(),
         })
     }
 
@@ -242,6 +311,7 @@ impl Control {
             Told::Work(News::Dumped) => self.dumped(),
             Told::Work(News::DumpFailed(failure)) => self.dump_failed(&failure),
             Told::Work(News::DumpOver) => self.dump_over(),
+            Told::Work(News::AheadOver(result)) => self.ahead_over(result),
             Told::Work(News::Restored(init)) => self.restored(init),
             Told::Work(News::RestoreFailed(failure)) => self.restore_failed(&failure),
             Told::Work(News::RestoreOver(result)) => self.restore_over(result),
@@ -282,19 +352,32 @@ impl Served for Control {
 
     fn answer(&mut self, request: proto::KeeperRequest) -> Then {
         use keeper_request::Request;
+        let directory = match &request.request {
+            Some(
+                Request::Dump(_) | Request::Restore(_) | Request::Adopt(_) | Request::Ahead(_),
+            ) => self.line.take_fds(1).pop(),
+            _ => None,
+        };
+        match self.ahead.put_off(request, directory) {
+            Some((request, directory)) => self.carry_out(request, directory),
+            None => Then::Serve,
+        }
+    }
+}
+
+impl Control {
+    fn carry_out(&mut self, request: proto::KeeperRequest, directory: Option<OwnedFd>) -> Then {
+        use keeper_request::Request;
         let proto::KeeperRequest { id, request } = request;
         let Some(request) = request else {
             let text = "an empty request: the daemon is newer than this keeper";
             self.reply(id, Err(text.into()));
             return Then::Serve;
         };
-        let directory = match &request {
-            Request::Dump(_) | Request::Restore(_) => self.line.take_fds(1).pop(),
-            _ => None,
-        };
         let said = |e: io::Error| words(&e);
         let result = match request {
             Request::Hello(proto::KeeperHello {}) => {
+                self.ahead.forget_daemon();
                 let (config, status) = (Some(self.config.clone()), Some(self.status()));
                 let hello = proto::KeeperHelloReply { config, status };
                 self.reply_with(id, keeper_reply::Reply::Hello(hello));
@@ -311,6 +394,10 @@ impl Served for Control {
             Request::Input(bytes) => self.type_in(&bytes).map_err(said),
             Request::Terminate(proto::KeeperTerminate {}) => self.terminate().map_err(said),
             Request::Dump(dump) => self.dump(&dump, directory).map_err(said),
+            Request::Ahead(ahead) => match self.write_ahead(ahead, directory, id) {
+                Ok(()) => return Then::Serve,
+                Err(error) => Err(words(&error)),
+            },
             Request::Thaw(proto::KeeperThaw {}) => match self.speak(false, id) {
                 Some(result) => result,
                 None => return Then::Serve,
@@ -320,6 +407,10 @@ impl Served for Control {
                 None => return Then::Serve,
             },
             Request::Restore(restore) => match self.restore(&restore, directory, id) {
+                Ok(()) => return Then::Serve,
+                Err(error) => Err(words(&error)),
+            },
+            Request::Adopt(adopt) => match self.adopt(&adopt, directory, id) {
                 Ok(()) => return Then::Serve,
                 Err(error) => Err(words(&error)),
             },
@@ -340,9 +431,9 @@ impl Served for Control {
     }
 }
 
-/// Resident memory of a process (proc(5), `VmRSS` of `/proc/PID/status`).
-fn resident_bytes(pid: u32) -> u64 {
+/// Memory of a process, by the name of its line in `/proc/PID/status` (proc(5)).
+fn held_bytes(pid: u32, what: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(what));
     line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
 }

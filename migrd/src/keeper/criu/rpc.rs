@@ -208,6 +208,9 @@ pub struct Options {
     /// How connections are kept still.
     #[prost(enumeration = "NetworkLock", optional, tag = "64")]
     pub network_lock: Option<i32>,
+    /// The directory of images by its path; taken when `images_dir_fd` is -1.
+    #[prost(string, optional, tag = "68")]
+    pub images_dir: Option<String>,
     /// Leave the tree stopped after the dump or restore.
     #[prost(bool, optional, tag = "69")]
     pub leave_stopped: Option<bool>,

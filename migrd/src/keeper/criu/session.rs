@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CloneFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use nix::unistd::Pid;
@@ -176,6 +177,17 @@ impl Session {
     /// # Errors
     /// When it does not start.
     pub fn start(launch: Launch<'_>) -> Result<Self, CriuError> {
+        Self::start_within(launch, Vec::new())
+    }
+
+    /// The same, in these namespaces.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn start_within(
+        launch: Launch<'_>,
+        namespaces: Vec<(OwnedFd, CloneFlags)>,
+    ) -> Result<Self, CriuError> {
         let Launch { criu, inherited: given, cgroup_procs } = launch;
         if given.len() > INHERITED_MAX {
             return Err(CriuError::TooManyDescriptors(given.len()));
@@ -191,6 +203,7 @@ impl Session {
         // goes or what becomes of the tree.
         command.args(["--no-default-config", "swrk"]).arg(SOCKET.to_string());
         command.env_clear().env("PATH", PATH).stdin(Stdio::null()).stdout(Stdio::null());
+        process::enter(&mut command, namespaces);
         if let Some(procs) = cgroup_procs {
             process::join_cgroup(&mut command, procs.try_clone_to_owned()?);
         }
@@ -384,7 +397,10 @@ impl Drop for Session {
 }
 
 /// Waits until one of `fds` is ready, and says whether one is.
-pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<bool> {
+pub(in crate::keeper) fn poll_until(
+    fds: &mut [PollFd<'_>],
+    deadline: Option<Instant>,
+) -> io::Result<bool> {
     loop {
         let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
             // Rounded up, so that the last turn does not spin.

@@ -1,6 +1,7 @@
 //! One arrival and the task that owns it: Receiving until it is sealed, then
 //! Sealed until its source has decided.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use tokio::time::Instant;
 use super::sealed::{self, Held};
 use super::{ArrivalError, Claim, Remembered, Shared};
 use crate::migration::journal::{Counterpart, Identity};
-use crate::migration::link::{Intake, Peer, SealOrder, SealReport, Standing};
+use crate::migration::link::{Intake, LinkError, Peer, SealOrder, SealReport, Standing};
 use crate::units::{Epoch, MigrationId, WorkloadId};
 use crate::workload::Arriving;
 
@@ -63,6 +64,58 @@ enum Next {
     Done,
 }
 
+impl Facts {
+    /// Asks the source how the migration stands; gives up after some seconds.
+    async fn ask(&self) -> Result<Result<Standing, LinkError>, tokio::time::error::Elapsed> {
+        let source: Arc<dyn Peer> = self.shared.host.peer(&self.from.address);
+        let (host, migration) = (self.from.host, self.from.migration);
+        let asked = source.resolve(host, migration, self.identity.id, self.epoch, false);
+        tokio::time::timeout(ANSWER_WAIT, asked).await
+    }
+}
+
+/// What it is told.
+struct Inbox {
+    commands: mpsc::Receiver<Command>,
+    /// What came while it could not be done.
+    later: VecDeque<Command>,
+}
+
+impl Inbox {
+    async fn next(&mut self) -> Option<Command> {
+        match self.later.pop_front() {
+            Some(command) => Some(command),
+            None => self.commands.recv().await,
+        }
+    }
+
+    /// Returns when the copy that is being made is not wanted any more; the command
+    /// that says so is the next one. What else comes has to wait.
+    async fn given_up(&mut self, facts: &Facts) -> ArrivalError {
+        loop {
+            let Some(command) = self.commands.recv().await else {
+                return std::future::pending().await;
+            };
+            match command {
+                Command::Abandon(..) | Command::Resolve(_) => {
+                    self.later.push_front(command);
+                    return ArrivalError::GivenUp;
+                }
+                Command::AskSource(reply) => {
+                    if matches!(facts.ask().await, Ok(Ok(Standing::Aborted))) {
+                        self.later.push_front(Command::AskSource(reply));
+                        return ArrivalError::GivenUp;
+                    }
+                    let _ = reply.send(Ok(()));
+                }
+                Command::Seal(..) | Command::Activate(..) | Command::Force(..) => {
+                    self.later.push_back(command);
+                }
+            }
+        }
+    }
+}
+
 impl Arrival {
     pub(super) fn receiving(
         facts: Facts,
@@ -99,15 +152,16 @@ impl Arrival {
     }
 
     /// Serves commands until it runs or is discarded.
-    pub(super) async fn run(self, mut inbox: mpsc::Receiver<Command>) {
+    pub(super) async fn run(self, inbox: mpsc::Receiver<Command>) {
         let (shared, migration) = (self.facts.shared.clone(), self.migration());
         let mut arrival = self;
         let mut pause = shared.patience.ask;
         let mut wake = Instant::now() + arrival.first_pause();
+        let mut inbox = Inbox { commands: inbox, later: VecDeque::new() };
         loop {
             let was_sealed = matches!(arrival.phase, Phase::Sealed(_));
             let next = tokio::select! {
-                Some(command) = inbox.recv() => arrival.command(command).await,
+                Some(command) = inbox.next() => arrival.command(command, &mut inbox).await,
                 () = tokio::time::sleep_until(wake) => {
                     pause = (pause * 2).min(ASK_MOST);
                     wake = Instant::now() + pause;
@@ -133,9 +187,9 @@ impl Arrival {
         }
     }
 
-    async fn command(self, command: Command) -> Next {
+    async fn command(self, command: Command, inbox: &mut Inbox) -> Next {
         match command {
-            Command::Seal(order, reply) => self.seal(order, reply).await,
+            Command::Seal(order, reply) => self.seal(order, reply, inbox).await,
             Command::Activate(epoch, reply) => self.activate(epoch, reply).await,
             Command::Abandon(reason, reply) => {
                 let done = self.discard(&reason, true).await;
@@ -160,11 +214,22 @@ impl Arrival {
         }
     }
 
-    async fn seal(self, order: SealOrder, reply: Reply<SealReport>) -> Next {
+    async fn seal(self, order: SealOrder, reply: Reply<SealReport>, inbox: &mut Inbox) -> Next {
         match self.phase {
             Phase::Receiving { mut workload, intake } => {
                 let facts = self.facts;
-                let sealed = sealed::seal(&facts, workload.as_mut(), &intake, &order).await;
+                let made = sealed::complete(workload.as_mut(), &intake, &order);
+                // It may take long, and the source need not wait for the end of that to
+                // have it dropped.
+                let made = tokio::select! {
+                    biased;
+                    made = made => made,
+                    given_up = inbox.given_up(&facts) => Err(given_up),
+                };
+                let sealed = match made {
+                    Ok(complete) => sealed::seal(&facts, complete).await,
+                    Err(error) => Err(error),
+                };
                 match sealed {
                     Ok(report) => {
                         let _ = reply.send(Ok(report));
@@ -174,6 +239,12 @@ impl Arrival {
                             phase: Phase::Sealed(held),
                             heard: std::time::Instant::now(),
                         })
+                    }
+                    // The command that says so comes next, and discards it.
+                    Err(error @ ArrivalError::GivenUp) => {
+                        let _ = reply.send(Err(error));
+                        let phase = Phase::Receiving { workload, intake };
+                        Next::Wait(Self { facts, phase, heard: std::time::Instant::now() })
                     }
                     Err(error) => {
                         let reason = error.to_string();
@@ -269,15 +340,7 @@ impl Arrival {
     }
 
     async fn ask_source(self) -> Next {
-        let source: Arc<dyn Peer> = self.facts.shared.host.peer(&self.facts.from.address);
-        let asked = source.resolve(
-            self.facts.from.host,
-            self.migration(),
-            self.facts.identity.id,
-            self.facts.epoch,
-            false,
-        );
-        match tokio::time::timeout(ANSWER_WAIT, asked).await {
+        match self.facts.ask().await {
             Ok(Ok(Standing::Released)) => self.own(None).await.1,
             Ok(Ok(Standing::Aborted)) => {
                 match self.discard("its source will not release it", true).await {

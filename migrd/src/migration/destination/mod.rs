@@ -83,6 +83,9 @@ pub enum ArrivalError {
     /// The pages did not all arrive.
     #[error("the pages did not arrive whole: {0}")]
     Incomplete(String),
+    /// Its source does not want it any more.
+    #[error("the migration was given up while its copy was made")]
+    GivenUp,
     /// The hashes differ.
     #[error("stream {0} differs from the source's")]
     Differs(u32),

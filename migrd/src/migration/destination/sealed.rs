@@ -33,13 +33,20 @@ pub(super) enum Owning {
     StillSealed(Facts, Held, ArrivalError),
 }
 
-/// Waits for the last pages, loads, compares, and journals the seal.
-pub(super) async fn seal(
-    arrival: &Facts,
+/// It is complete, and nothing says so yet.
+pub(super) struct Complete {
+    started: Instant,
+    verify: Duration,
+    verified: bool,
+}
+
+/// Waits for the last pages, compares, and loads. May be dropped in the middle: then
+/// the workload is only good for being discarded.
+pub(super) async fn complete(
     workload: &mut dyn Arriving,
     intake: &Arc<dyn Intake>,
     order: &SealOrder,
-) -> Result<SealReport, ArrivalError> {
+) -> Result<Complete, ArrivalError> {
     let started = Instant::now();
     intake.complete(&order.batches).await.map_err(ArrivalError::Incomplete)?;
     // What came after would be in no hash and change what was loaded.
@@ -52,6 +59,12 @@ pub(super) async fn seal(
     let verify = if verified { hashing.elapsed() } else { Duration::ZERO };
     failpoint::reach(format_args!("destination-loading"));
     workload.load(&order.state).await?;
+    Ok(Complete { started, verify, verified })
+}
+
+/// Journals the seal.
+pub(super) async fn seal(arrival: &Facts, complete: Complete) -> Result<SealReport, ArrivalError> {
+    let Complete { started, verify, verified } = complete;
     let sealed =
         Sealed { from: arrival.from.clone(), epoch: arrival.epoch, paused: arrival.paused };
     write(&arrival.shared, &arrival.identity, Event::Sealed(sealed)).await?;

@@ -4,6 +4,7 @@
 //! is left at the destination that could run, and [`Aborted`] gives it back.
 //! Only [`released::Released`] can't abort.
 
+mod copies;
 mod offered;
 mod precopy;
 pub mod released;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::migration::failpoint;
 use crate::migration::journal::{Counterpart, Identity, Journal};
 use crate::migration::link::{LaneTotals, LinkError, PageLanes, Peer};
+use crate::migration::mode::Chosen;
 use crate::migration::phase::{
     Failure, MigrationError, Mode, Outcome, Phase, Progress, Report, Tally,
 };
@@ -35,10 +37,11 @@ const ABANDON_WAIT: Duration = Duration::from_secs(2);
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// How memory moves.
-    pub mode: Mode,
-    /// The longest the workload may stand still by prediction.
-    pub max_downtime: Duration,
+    /// How memory shall move; `None`: the best way that the workload has.
+    pub mode: Option<Mode>,
+    /// The longest the workload may stand still by prediction; `None`: what is usual
+    /// for its kind.
+    pub max_downtime: Option<Duration>,
     /// The longest until the workload is stopped.
     pub timeout: Option<Duration>,
     /// Compare hashes of all streams while it stands still.
@@ -53,7 +56,7 @@ impl Request {
     /// What of the workload travels, and what may be done to it for that.
     #[must_use]
     pub fn carry(&self) -> Carry {
-        Carry { disks: self.copy_disks, process: self.process }
+        Carry { disks: self.copy_disks, to_files: false, process: self.process }
     }
 }
 
@@ -63,11 +66,17 @@ pub struct FixedCost(Arc<Mutex<Duration>>);
 
 impl Default for FixedCost {
     fn default() -> Self {
-        Self(Arc::new(Mutex::new(Duration::from_millis(8))))
+        Self::about(Duration::from_millis(8))
     }
 }
 
 impl FixedCost {
+    /// Takes it for so much until a stop was seen.
+    #[must_use]
+    pub fn about(cost: Duration) -> Self {
+        Self(Arc::new(Mutex::new(cost)))
+    }
+
     /// The estimate.
     #[must_use]
     pub fn get(&self) -> Duration {
@@ -95,6 +104,8 @@ pub struct Context {
     pub paused: bool,
     /// What was asked for.
     pub request: Request,
+    /// How memory moves.
+    pub mode: Chosen,
     /// This host's address.
     pub here: String,
     /// The destination.
@@ -354,7 +365,8 @@ impl Record {
         Report {
             migration: context.id,
             workload: context.identity.name,
-            mode: context.request.mode,
+            mode: context.mode.mode,
+            mode_reason: context.mode.why,
             outcome,
             source: context.here,
             destination: context.peer.address().to_owned(),

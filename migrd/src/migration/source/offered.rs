@@ -7,7 +7,7 @@ use super::precopy::Copied;
 use super::{Aborted, Run, within};
 use crate::migration::link::Offer;
 use crate::migration::phase::{MigrationError, Mode, Phase};
-use crate::workload::Manifest;
+use crate::workload::{Ahead, Manifest, Needs, WorkloadError, needed};
 
 /// How long the peer has to prepare an empty workload, and to take the lanes.
 const PREPARE_WAIT: Duration = Duration::from_secs(30);
@@ -20,14 +20,17 @@ impl Offered {
         run.enter(Phase::Planning);
         let what = run.context().request.carry();
         let carried = run.workload.carry(what).await;
-        let (mut run, ()) = run.or_abort(carried).await?;
-        let offer = offer(&run);
+        let (run, ()) = run.or_abort(carried).await?;
+        let mut interrupt = run.interrupt();
+        let needs = interrupt.guard(needed(run.workload.needs())).await;
+        let (mut run, needs) = run.or_abort(needs).await?;
+        let wait = PREPARE_WAIT + needs.patience();
+        let offer = offer(&run, needs);
         let (id, lanes) = (run.context().id, run.context().lanes);
         let peer = run.context().peer.clone();
         // From here on the peer may hold something, even if no answer comes.
         run.offered = true;
-        let mut interrupt = run.interrupt();
-        let blockers = interrupt.guard(within(&peer, PREPARE_WAIT, peer.offer(&offer))).await;
+        let blockers = interrupt.guard(within(&peer, wait, peer.offer(&offer))).await;
         let (mut run, blockers) = run.or_abort(blockers).await?;
         if !blockers.is_empty() {
             run.offered = false;
@@ -44,14 +47,18 @@ impl Offered {
 
     /// Sends memory in rounds while the workload runs; in mode `stop`, nothing.
     pub(super) async fn precopy(self) -> Result<Copied, Aborted> {
-        match self.0.context().request.mode {
-            Mode::Precopy => Copied::by_rounds(self.0).await,
-            Mode::Stop => Ok(Copied::nothing(self.0)),
+        match (self.0.context().mode.mode, self.0.workload.ahead()) {
+            (Mode::Stop, _) => Ok(Copied::nothing(self.0)),
+            (Mode::Precopy, Ahead::Pages) => Copied::by_rounds(self.0).await,
+            (Mode::Precopy, Ahead::Copies { .. }) => Copied::by_copies(self.0).await,
+            (Mode::Precopy, Ahead::Not(why)) => {
+                Err(self.0.abort(WorkloadError::new(why).into()).await)
+            }
         }
     }
 }
 
-fn offer(run: &Run) -> Offer {
+fn offer(run: &Run, needs: Needs) -> Offer {
     let context = run.context();
     let identity = &context.identity;
     Offer {
@@ -67,7 +74,7 @@ fn offer(run: &Run) -> Offer {
             cpus: identity.cpus,
             paused: context.paused,
             created_unix_ms: identity.created_unix_ms,
-            needs: run.workload.needs(),
+            needs: needs.written,
         },
         lanes: context.lanes,
         dry_run: false,

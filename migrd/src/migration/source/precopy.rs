@@ -14,7 +14,8 @@ use crate::migration::failpoint;
 use crate::migration::link::{LaneTotals, PageLanes};
 use crate::migration::phase::{MigrationError, Phase, Round};
 use crate::migration::policy::{
-    Budget, RoundStats, Step, approximate, hot, next_step, predict, progressed, sample,
+    Budget, DEFAULT_MAX_DOWNTIME, RoundStats, Step, approximate, hot, next_step, predict,
+    progressed, sample,
 };
 use crate::pages::{PageBitmap, PageSet};
 use crate::units::{PAGE_SIZE, PageIndex, PageRun};
@@ -25,7 +26,7 @@ const SAMPLE_WAIT: Duration = Duration::from_millis(20);
 /// Pages that are cleared together, right before they are queued: 16 MiB.
 const CLEAR_CHUNK: u64 = 4096;
 /// Bytes a second assumed before anything was measured: 1 Gbit/s.
-const ASSUMED_RATE: f64 = 125e6;
+pub(super) const ASSUMED_RATE: f64 = 125e6;
 
 /// What can be sent while the workload runs was sent.
 pub(super) struct Copied(Run);
@@ -63,6 +64,16 @@ impl Copied {
         Ok(Self(run))
     }
 
+    /// Of a workload that makes copies of what has changed.
+    pub(super) async fn by_copies(mut run: Run) -> Result<Self, Aborted> {
+        run.enter(Phase::Precopy);
+        let mut interrupt = run.interrupt();
+        run.tracking = true;
+        let done = run.copies(&mut interrupt).await;
+        let (run, ()) = run.or_abort(done).await?;
+        Ok(Self(run))
+    }
+
     pub(super) async fn stop(self) -> Result<Stopped, Aborted> {
         Stopped::stop(self.0).await
     }
@@ -79,7 +90,8 @@ impl Run {
             rate: ASSUMED_RATE,
             number: 0,
         };
-        let budget = Budget { max_downtime: self.context().request.max_downtime };
+        let allowed = self.context().request.max_downtime;
+        let budget = Budget { max_downtime: allowed.unwrap_or(DEFAULT_MAX_DOWNTIME) };
         let mut step = Step::SendCold;
         loop {
             let mut batch = Batch { pages: pending.clone(), uncleared: PageSet::default() };

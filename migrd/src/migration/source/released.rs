@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
+use super::copies::made_anew;
 use super::stopped::fixed_part;
 use super::{Context, End, Record, within};
 use crate::migration::failpoint;
@@ -216,7 +217,9 @@ impl Released {
         let (epoch, peer) = (self.epoch, self.peer.address().to_owned());
         match settled {
             Settled::Gone => {
-                run.context.fixed_cost.learn(fixed_part(&run.tally.downtime));
+                let made = made_anew(self.identity.kind, &run.tally);
+                let seen = fixed_part(&run.tally.downtime).saturating_sub(made);
+                run.context.fixed_cost.learn(seen);
                 run.context.progress.send_modify(|p| p.phase = Phase::Running);
                 let report = run.report(Outcome::Completed, epoch, None);
                 if let Some(workload) = self.workload {

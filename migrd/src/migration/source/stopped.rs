@@ -13,7 +13,7 @@ use crate::migration::link::{LaneTotals, LinkError, PageLanes, Peer, SealOrder};
 use crate::migration::phase::{MigrationError, Phase};
 use crate::pages::PageSet;
 use crate::units::{MigrationId, PAGE_SIZE};
-use crate::workload::{StreamSpec, WorkloadError};
+use crate::workload::{Ahead, StreamSpec, WorkloadError};
 
 /// How long the peer may be silent while the workload stands still. Dead
 /// connections are noticed later than that: they may be quiet for long while
@@ -87,19 +87,22 @@ impl Run {
             let Some(part) = interrupt.guard(while_heard(&peer, next)).await? else { break };
             let found = started.elapsed();
             let lanes = self.lanes.as_deref_mut().ok_or_else(no_lanes)?;
-            let sending = async {
-                let totals = send_part(lanes, &part).await?;
-                tracing::debug!(?found, flushed = ?started.elapsed(), "part of the last pages");
-                Ok::<_, MigrationError>((totals, started.elapsed()))
-            };
-            let sending = interrupt.guard(while_heard(&peer, sending));
             if saved.is_none() && self.workload.saves_early() {
+                let sending = async {
+                    let totals = send_part(lanes, &part).await?;
+                    Ok::<_, MigrationError>((totals, started.elapsed()))
+                };
+                let sending = interrupt.guard(while_heard(&peer, sending));
                 let (done, state) = tokio::join!(sending, self.workload.save());
                 sent = Some(done?);
                 saved = Some(state?);
             } else {
-                sent = Some(sending.await?);
+                // Not waited for before the next part: the workload has that already.
+                let queued = async { Ok::<_, MigrationError>(send_pages(lanes, &part).await?) };
+                interrupt.guard(while_heard(&peer, queued)).await?;
+                sent = None;
             }
+            tracing::debug!(?found, sent = ?started.elapsed(), "part of the last pages");
             pages += part.count();
         }
         let (totals, memory_took) = match sent {
@@ -115,7 +118,11 @@ impl Run {
             Some(state) => state,
             None => self.workload.save().await?,
         };
-        if self.record.tally.rounds.is_empty() {
+        if matches!(self.workload.ahead(), Ahead::Copies { .. } | Ahead::Not(_)) {
+            self.record.tally.followed_by(pages);
+            let ahead: u64 = self.record.tally.rounds.iter().map(|round| round.pages).sum();
+            self.record.tally.skipped = skipped(self.workload.as_ref(), ahead + pages);
+        } else if self.record.tally.rounds.is_empty() {
             self.record.tally.skipped = skipped(self.workload.as_ref(), pages);
         }
         let both = started.elapsed();
@@ -219,11 +226,12 @@ impl Sealed {
 
 /// How long the peer may take to load the state while the workload stands still,
 /// which may mean to copy all that was `sent` (bytes), and to hash all of `streams`
-/// if it has to `verify`: a slow one does 64 MiB a second.
+/// if it has to `verify`: a slow one does 64 MiB a second. A little more than one takes
+/// that gives up by itself, which says why.
 fn seal_wait(streams: &[StreamSpec], sent: u64, verify: bool) -> Duration {
     let bytes: u64 = streams.iter().map(|spec| spec.length).sum();
     let hashing = if verify { bytes >> 26 } else { 0 };
-    Duration::from_secs(30 + (sent >> 26) + hashing)
+    Duration::from_secs(40 + (sent >> 26) + hashing)
 }
 
 /// How long the part of a stop took that does not depend on memory.

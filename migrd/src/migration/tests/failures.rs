@@ -51,6 +51,20 @@ async fn an_attempt_whose_end_was_not_heard_of_is_not_in_the_way_of_the_next() {
     world.assert_exactly_one_runs("the second attempt").await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_is_never_complete_is_dropped_when_its_source_gives_up() {
+    let world = World::new();
+    let identity = world.workload(10);
+    world.never_loads("b");
+    world.plan(Call::Seal, 1, Fault::Cancel);
+    let report = world.migrate(&identity, "a", "b", request(Mode::Stop)).await.expect("a report");
+    assert_eq!(report.outcome, Outcome::Cancelled, "{:?}", report.failure);
+    assert!(world.guest("b", identity.id).calls().contains(&Op::Load));
+    // It is not in the way of another.
+    assert_eq!(world.offer_in(&identity, 2).await, [""; 0]);
+    world.assert_exactly_one_runs("given up").await;
+}
+
 /// One story: a fault at a call; then the network heals and both daemons run.
 pub(super) async fn story(call: Call, nth: u32, fault: Fault, mode: Mode, parts: u64) -> bool {
     let world = World::new();
@@ -189,7 +203,7 @@ async fn a_workload_that_dirties_too_much_is_refused_with_the_numbers() {
     let world = World::new();
     let identity = world.workload(400);
     let mut request = request(Mode::Precopy);
-    request.max_downtime = Duration::ZERO;
+    request.max_downtime = Some(Duration::ZERO);
     let report = world.migrate(&identity, "a", "b", request).await.expect("a report");
     assert_eq!(report.outcome, Outcome::Failed);
     let failure = report.failure.expect("a reason");

@@ -1,6 +1,7 @@
 //! The state machine driven with fake workloads through every failure, and its
 //! rules explored exhaustively.
 
+mod copies;
 mod failures;
 mod model;
 mod parts;

@@ -12,14 +12,16 @@ use super::handle::{get, put};
 use super::{Active, Back, Holding, Owner};
 use crate::migration::journal::Event;
 use crate::migration::link::{Blocker, Peer};
+use crate::migration::mode::choose;
 use crate::migration::phase::{MigrationError, Outcome, Phase, Progress, Report};
 use crate::migration::plan::{Question, identify};
 use crate::migration::policy::approximate;
+use crate::migration::policy::copies::making;
 use crate::migration::source;
 use crate::migration::source::released::Settled;
 use crate::migration::source::{Context, End, Request};
-use crate::units::MigrationId;
-use crate::workload::{Manifest, Workload};
+use crate::units::{MigrationId, PAGE_SIZE};
+use crate::workload::{Kind, Manifest, Workload};
 
 impl Owner {
     pub(super) async fn question(
@@ -30,11 +32,13 @@ impl Owner {
         let workload = self.live("migrated")?;
         workload.carry(request.carry()).await?;
         let found = workload.problems().await?;
+        let mode = choose(request.mode, &workload.ahead())?;
         let (streams, needs) = (workload.streams(), workload.needs());
         let on_disks: u64 = streams.iter().map(|s| s.used).sum();
         let identity = &self.record.identity;
         let rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        let terminal = get(&self.published.terminal);
+        let populated = get(&self.published.terminal).map_or(0, |t| t.populated_bytes());
+        let fixed_cost = self.shared.fixed_cost(identity.kind).get();
         Ok(Question {
             peer: peer.clone(),
             here: self.shared.host,
@@ -52,14 +56,18 @@ impl Owner {
                 cpus: identity.cpus,
                 paused: self.record.paused,
                 created_unix_ms: identity.created_unix_ms,
-                needs,
+                needs: Vec::new(),
             },
+            needs,
             epoch: self.record.epoch.next(),
-            mode: request.mode,
+            mode,
             lanes: self.shared.lanes,
-            populated_bytes: on_disks + terminal.map_or(0, |t| t.populated_bytes()),
+            populated_bytes: on_disks + populated,
             known_rate: rates.get(peer.address()).copied().unwrap_or(0.0),
-            fixed_cost: self.shared.fixed_cost.get(),
+            fixed_cost: match identity.kind {
+                Kind::Vm => fixed_cost,
+                Kind::Process | Kind::Container => fixed_cost + making(populated / PAGE_SIZE),
+            },
         })
     }
 
@@ -83,6 +91,7 @@ impl Owner {
             epoch: self.record.epoch,
             paused: self.record.paused,
             request,
+            mode: question.mode.clone(),
             here: self.shared.here.clone(),
             peer,
             // Known when it has said who it is, which comes first.
@@ -91,7 +100,7 @@ impl Owner {
             cancel: cancel.clone(),
             shutdown: self.shared.shutdown.clone(),
             progress,
-            fixed_cost: self.shared.fixed_cost.clone(),
+            fixed_cost: self.shared.fixed_cost(self.record.identity.kind).clone(),
             lanes: self.shared.lanes,
         };
         let active = Active { watching: watching.clone(), cancel };

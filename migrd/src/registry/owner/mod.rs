@@ -6,6 +6,7 @@
 mod handle;
 mod leaving;
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,14 +34,32 @@ pub type FrozenWork = Box<
     dyn for<'a> FnOnce(&'a mut dyn Workload) -> BoxFuture<'a, Result<(), WorkloadError>> + Send,
 >;
 
+/// How a workload is saved.
+pub struct Saving {
+    /// What of it, and what may be done to it for that.
+    pub carry: Carry,
+    /// Where its files go, if it saves files.
+    pub files: Option<OwnedFd>,
+    /// It ends when it is saved.
+    pub ends: bool,
+}
+
+/// What a look at a workload that is to be saved has shown.
+pub struct Looked {
+    /// What keeps it from being saved as it is now.
+    pub problems: Vec<Problem>,
+    /// It saves files.
+    pub saves_files: bool,
+}
+
 /// What an owner can be told.
 pub(super) enum Command {
     Pause(bool, Reply<Status>),
     AskToEnd(Reply<()>),
     Stop(Reply<Status>),
     Remove(Reply<()>),
-    Frozen(Carry, FrozenWork, Reply<Duration>),
-    Problems(Carry, Reply<Vec<Problem>>),
+    Frozen(Saving, FrozenWork, Reply<Duration>),
+    Look(Carry, Reply<Looked>),
     Migrate(Arc<dyn Peer>, Request, Reply<Watching>),
     Question(Arc<dyn Peer>, Request, Reply<Question>),
     Cancel(Reply<MigrationId>),
@@ -227,11 +246,11 @@ impl Owner {
             Command::Remove(reply) => {
                 let _ = reply.send(self.remove().await);
             }
-            Command::Frozen(what, work, reply) => {
-                let _ = reply.send(self.frozen(what, work).await);
+            Command::Frozen(how, work, reply) => {
+                let _ = reply.send(self.frozen(how, work).await);
             }
-            Command::Problems(what, reply) => {
-                let _ = reply.send(self.problems(what).await);
+            Command::Look(what, reply) => {
+                let _ = reply.send(self.look(what).await);
             }
             Command::Migrate(peer, request, reply) => {
                 let _ = reply.send(self.migrate(peer, request).await);
@@ -369,19 +388,29 @@ impl Owner {
         Ok(())
     }
 
-    async fn problems(&mut self, what: Carry) -> Result<Vec<Problem>, RegistryError> {
+    async fn look(&mut self, what: Carry) -> Result<Looked, RegistryError> {
         let workload = self.live("checkpointed")?;
         workload.carry(what).await?;
-        Ok(workload.problems().await?)
+        let problems = workload.problems().await?;
+        Ok(Looked { problems, saves_files: workload.saves_files() })
     }
 
-    async fn frozen(&mut self, what: Carry, work: FrozenWork) -> Result<Duration, RegistryError> {
+    async fn frozen(&mut self, how: Saving, work: FrozenWork) -> Result<Duration, RegistryError> {
+        let Saving { carry, files, ends } = how;
         let workload = self.live("checkpointed")?;
         // A migration that failed may have chosen something else.
-        workload.carry(what).await?;
+        workload.carry(carry).await?;
+        if let Some(directory) = files {
+            workload.save_files_in(directory).await?;
+        }
         let started = Instant::now();
         workload.freeze().await?;
         let done = work(workload.as_mut()).await;
+        if ends && done.is_ok() {
+            workload.stop().await?;
+            self.publish();
+            return Ok(started.elapsed());
+        }
         workload.thaw().await?;
         done?;
         Ok(started.elapsed())

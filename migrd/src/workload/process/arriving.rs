@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use migr_proto::v1::keeper_request::Request;
@@ -15,11 +16,12 @@ use super::net::{self, Network};
 use super::remains::{put_away, remove};
 use super::running::Tree;
 use super::streams::TreeStreams;
-use super::{LOG_STREAM, failed, log_spec, told};
+use super::{LOG_STREAM, failed, log_spec, told, versions};
 use crate::serial_log::LogStream;
 use crate::units::WorkloadId;
 use crate::workload::{
-    Arriving, ChunkSink, OutOfStream, StreamHash, StreamKey, StreamSpec, Workload, WorkloadError,
+    Arriving, ChunkSink, OutOfStream, Problem, StreamHash, StreamKey, StreamSpec, Workload,
+    WorkloadError,
 };
 
 /// A tree with no processes yet, or a complete one that does not run yet.
@@ -29,8 +31,11 @@ pub(super) struct ArrivingTree {
     pub(super) cgroup: PathBuf,
     pub(super) keeper: Arc<Keeper>,
     pub(super) network: Option<Network>,
+    criu: String,
     streams: Vec<StreamSpec>,
     chunks: Arc<Landing>,
+    /// Whether the kernel here tells what it writes to its memory.
+    tracks: bool,
     /// After a start: made then, since what comes after can't fail any more.
     tree: Option<Tree>,
 }
@@ -52,6 +57,17 @@ impl ChunkSink for Landing {
             _ => self.0.images().zero(key, offset, length),
         }
     }
+
+    fn trouble(&self) -> Option<String> {
+        self.0.images().trouble()
+    }
+}
+
+/// How long CRIU may take to make a tree of such images, as long as the source waits:
+/// a slow host does 64 MiB a second.
+fn limit(images: &[proto::ProcessImage]) -> Duration {
+    let bytes = images.iter().fold(0_u64, |all, image| all.saturating_add(image.length));
+    Duration::from_secs((bytes >> 26).saturating_add(30))
 }
 
 /// What an arriving tree is made of.
@@ -63,11 +79,15 @@ pub(super) struct Parts {
     pub(super) network: Option<Network>,
     /// Its streams, the log's left out.
     pub(super) images: Vec<StreamSpec>,
+    /// Whether the kernel here tells what it writes to its memory.
+    pub(super) tracks: bool,
+    /// Version of the CRIU of this host.
+    pub(super) criu: String,
 }
 
 impl ArrivingTree {
     pub(super) fn new(parts: Parts) -> Result<Self, WorkloadError> {
-        let Parts { id, directory, cgroup, keeper, network, images } = parts;
+        let Parts { id, directory, cgroup, keeper, network, images, tracks, criu } = parts;
         let mut options = std::fs::OpenOptions::new();
         let log = options.read(true).write(true).open(directory.join(OUTPUT_LOG));
         let log = LogStream::new(log.map_err(failed("open its log"))?, LOG_STREAM);
@@ -75,12 +95,16 @@ impl ArrivingTree {
         let length = images.first().map_or(0, |spec| spec.length);
         let chunks = Arc::new(Landing(TreeStreams::new(log, Images::new(count, length)?)));
         let streams = [vec![log_spec()], images].concat();
-        Ok(Self { id, directory, cgroup, keeper, network, streams, chunks, tree: None })
+        let tree = None;
+        Ok(Self { id, directory, cgroup, keeper, network, criu, streams, chunks, tracks, tree })
     }
 
     fn make(&mut self, paused: bool) -> Result<Tree, WorkloadError> {
         let network = self.network.take();
-        Tree::new(self.directory.clone(), self.cgroup.clone(), self.keeper.clone(), network, paused)
+        let (directory, cgroup) = (self.directory.clone(), self.cgroup.clone());
+        let keeper = self.keeper.clone();
+        let tree = Tree::new(directory, cgroup, keeper, network, paused, self.tracks)?;
+        Ok(tree.written_by(self.criu.clone()))
     }
 }
 
@@ -100,12 +124,18 @@ impl Arriving for ArrivingTree {
                 state.version
             )));
         }
+        // A snapshot is loaded without an offer.
+        if let Some(Problem { message, remedy, .. }) = versions::older(&self.criu, &state.criu) {
+            return Err(WorkloadError::new(format!("{message}: {remedy}")));
+        }
         let chunks = self.chunks.clone();
         let images = state.images.clone();
         let arranged = tokio::task::spawn_blocking(move || chunks.0.images().arrange(&images));
         arranged.await.map_err(|e| WorkloadError::caused("arranging its images failed", e))??;
         let options = state.options;
+        let limit = limit(&state.images);
         let restore = proto::KeeperRestore {
+            limit_ms: u32::try_from(limit.as_millis()).unwrap_or(u32::MAX),
             state: Some(proto::ProcessState { images: Vec::new(), ..state }),
             options,
         };
@@ -166,6 +196,7 @@ impl Arriving for ArrivingTree {
         if let Err(error) = net::remove(self.id).await {
             tracing::warn!(id = %self.id, %error, "the network of a process tree stays behind");
         }
+        super::container::clear(&self.directory, &self.cgroup).await;
         remove(&self.directory);
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,15 +17,17 @@ use migr_proto::v1::{KeeperPhase, ProcessConfig, ProcessNeeds};
 use prost::Message;
 
 use super::arriving::{ArrivingTree, Parts};
+use super::container;
 use super::images::FIRST_STREAM;
 use super::keeper::{Keeper, KeeperError, KeeperSpec};
 use super::net::{self, Network};
 use super::preflight::files;
 use super::remains::{clear_cgroup, put_away, remove};
 use super::running::Tree;
-use super::{LOG_STREAM, MAX_IMAGE_STREAMS, Starts, log_spec, told};
+use super::{Candidate, LOG_STREAM, MAX_IMAGE_STREAMS, Starts, log_spec, told, versions};
 use crate::host_memory::HostMemory;
 use crate::keeper::cgroup;
+use crate::keeper::container::runc_root;
 use crate::keeper::criu::Criu;
 use crate::units::WorkloadId;
 use crate::workload::link::LinkError;
@@ -48,6 +50,8 @@ pub struct ProcessEngine {
     site: Site,
     /// The CRIU that works here, or why none does.
     criu: Arc<Result<Criu, String>>,
+    /// Of an engine of containers: the runc of this host, or why there is none.
+    runc: Option<Result<PathBuf, String>>,
 }
 
 impl ProcessEngine {
@@ -61,10 +65,28 @@ impl ProcessEngine {
         criu: Result<Criu, String>,
     ) -> std::io::Result<Self> {
         DirBuilder::new().recursive(true).mode(PRIVATE).create(&directory)?;
-        Ok(Self { directory, site, criu: Arc::new(criu) })
+        Ok(Self { directory, site, criu: Arc::new(criu), runc: None })
     }
 
-    fn place(&self, id: WorkloadId) -> PathBuf {
+    /// The same for containers, with the runc that is `named` or in `PATH`.
+    ///
+    /// # Errors
+    /// When the place for runc's state can't be made.
+    pub fn of_containers(self, named: Option<&Path>) -> std::io::Result<Self> {
+        let root = runc_root(&self.directory.join("any"));
+        DirBuilder::new().recursive(true).mode(PRIVATE).create(root)?;
+        Ok(Self { runc: Some(container::find_runc(named)), ..self })
+    }
+
+    /// Whether this is the engine of such a workload.
+    fn is_for(&self, config: &ProcessConfig) -> Result<(), WorkloadError> {
+        if self.runc.is_some() == config.container.is_some() {
+            return Ok(());
+        }
+        Err(WorkloadError::new("the configuration is of another kind than the workload"))
+    }
+
+    pub(super) fn place(&self, id: WorkloadId) -> PathBuf {
         self.directory.join(id.to_string())
     }
 
@@ -76,29 +98,59 @@ impl ProcessEngine {
         Ok(root.join(format!("migr-{host}-{id}")))
     }
 
+    /// Why there is no runc, if there should be one.
+    fn no_runc(&self) -> Option<String> {
+        self.runc.as_ref().and_then(|runc| runc.as_ref().err().cloned())
+    }
+
+    /// The version of the CRIU that works here; empty: none does.
+    fn criu_version(&self) -> String {
+        self.version().unwrap_or_default()
+    }
+
     fn working(&self) -> Result<&Criu, WorkloadError> {
         self.criu.as_ref().as_ref().map_err(WorkloadError::new)
     }
 
+    /// Whether kernel and CRIU can tell what processes write to their memory.
+    pub(super) fn tracks(&self) -> bool {
+        self.criu.as_ref().as_ref().is_ok_and(|criu| criu.features.mem_track)
+    }
+
     /// A keeper with no processes yet, in a network of its own if it is to have
     /// one, which is cut off.
-    async fn keep(
+    pub(super) async fn keep(
         &self,
         id: WorkloadId,
         config: &ProcessConfig,
     ) -> Result<(Arc<Keeper>, Option<Network>, PathBuf), WorkloadError> {
         check(config)?;
+        self.is_for(config)?;
         let criu = self.working()?.path.clone();
         let cgroup = self.cgroup(id)?;
         let directory = self.place(id);
         let made = DirBuilder::new().mode(PRIVATE).create(&directory);
         made.map_err(super::failed("make its directory"))?;
+        if let Some(runc) = &self.runc {
+            let prepared = match runc {
+                Ok(runc) => container::prepare(&directory, runc),
+                Err(why) => Err(std::io::Error::other(why.clone())),
+            };
+            if let Err(error) = prepared {
+                container::clear(&directory, &cgroup).await;
+                remove(&directory);
+                return Err(super::failed("prepare it for runc")(error));
+            }
+        }
         let network = match &config.net {
             Some(net) => Network::make(id, net).await.map(Some),
             None => Ok(None),
         };
         // What is in the way may be the network of the same tree, of another daemon in
         // this network namespace: it is not this one's to remove.
+        if network.is_err() {
+            container::clear(&directory, &cgroup).await;
+        }
         let network = network.inspect_err(|_| remove(&directory))?;
         let kept = async {
             let namespace = network.as_ref().map(|n| n.namespace().try_clone_to_owned());
@@ -151,7 +203,8 @@ impl ProcessEngine {
     async fn find_tree(&self, id: WorkloadId, paused: bool) -> Result<Option<Tree>, WorkloadError> {
         let Some((keeper, network)) = self.adopt(id).await? else { return Ok(None) };
         let cgroup = self.cgroup(id)?;
-        Tree::new(self.place(id), cgroup, keeper, network, paused).map(Some)
+        let tree = Tree::new(self.place(id), cgroup, keeper, network, paused, self.tracks())?;
+        Ok(Some(tree.written_by(self.criu_version())))
     }
 }
 
@@ -166,6 +219,7 @@ fn check(config: &ProcessConfig) -> Result<(), WorkloadError> {
     if config.argv.is_empty() || !config.cwd.starts_with('/') {
         return Err(WorkloadError::new("the process tree has no command or no directory"));
     }
+    super::container_of(config)?;
     config.net.as_ref().map_or(Ok(()), net::check)
 }
 
@@ -178,8 +232,9 @@ impl Starts for ProcessEngine {
         config: &ProcessConfig,
     ) -> Result<Box<dyn Workload>, WorkloadError> {
         let (keeper, network, cgroup) = self.keep(id, config).await?;
-        match Tree::new(self.place(id), cgroup.clone(), keeper.clone(), network, true) {
-            Ok(tree) => Ok(Box::new(tree)),
+        let (directory, tracks) = (self.place(id), self.tracks());
+        match Tree::new(directory, cgroup.clone(), keeper.clone(), network, true, tracks) {
+            Ok(tree) => Ok(Box::new(tree.written_by(self.criu_version()))),
             Err(error) => {
                 put_away(&keeper, &cgroup).await;
                 self.clear(id).await;
@@ -188,9 +243,17 @@ impl Starts for ProcessEngine {
         }
     }
 
+    async fn adopt(
+        &self,
+        id: WorkloadId,
+        candidate: &Candidate,
+    ) -> Result<Box<dyn Workload>, WorkloadError> {
+        self.take_over(id, candidate).await
+    }
+
     fn problem(&self) -> Option<String> {
         let criu = self.criu.as_ref().as_ref().err().cloned();
-        criu.or_else(|| cgroup::root().err().map(|error| error.to_string()))
+        criu.or_else(|| cgroup::root().err().map(|error| error.to_string())).or(self.no_runc())
     }
 
     fn version(&self) -> Option<String> {
@@ -204,11 +267,15 @@ impl Engine for ProcessEngine {
         let mut problems = Vec::new();
         if let Some(problem) = self.problem() {
             let remedy = "see `migctl hosts` for this host";
-            problems.push(Problem::new("criu", problem, remedy));
+            let code = if self.no_runc().as_ref() == Some(&problem) { "runc" } else { "criu" };
+            problems.push(Problem::new(code, problem, remedy));
         }
-        problems.extend(lacking(&manifest.needs).await);
-        match offered(manifest) {
+        problems.extend(lacking(&manifest.needs, &self.criu_version()).await);
+        match offered(manifest).and_then(|config| self.is_for(&config).map(|()| config)) {
             Ok(config) => {
+                if let Ok(Some(spec)) = super::container_of(&config) {
+                    problems.extend(container::lacking(&spec));
+                }
                 let id = manifest.workload;
                 problems.extend(config.net.iter().flat_map(|net| net::problems(id, net)));
             }
@@ -232,6 +299,7 @@ impl Engine for ProcessEngine {
                 Err(error) => tracing::warn!(%id, %error, "a keeper could not be ended"),
             }
             clear_cgroup(&cgroup).await;
+            container::clear(&directory, &cgroup).await;
         }
         if let Err(error) = net::remove(id).await {
             tracing::warn!(%id, %error, "the network of a process tree stays behind");
@@ -245,7 +313,8 @@ impl Engine for ProcessEngine {
         let (keeper, network, cgroup) = self.keep(id, &config).await?;
         let images = manifest.streams.iter().filter(|s| s.key != LOG_STREAM).cloned().collect();
         let directory = self.place(id);
-        let parts = Parts { id, directory, cgroup, keeper, network, images };
+        let (tracks, criu) = (self.tracks(), self.criu_version());
+        let parts = Parts { id, directory, cgroup, keeper, network, images, tracks, criu };
         match ArrivingTree::new(parts) {
             Ok(arriving) => Ok(Box::new(arriving)),
             Err(error) => {
@@ -256,11 +325,11 @@ impl Engine for ProcessEngine {
     }
 }
 
-/// What of a tree's needs this host has not. A peer wrote them.
-async fn lacking(needs: &[u8]) -> Vec<Problem> {
+/// What of a tree's needs this host, with its CRIU, has not. A peer wrote them.
+async fn lacking(needs: &[u8], own_criu: &str) -> Vec<Problem> {
     let remedy = "bring both daemons to the same version";
     let odd = |what: String| vec![Problem::new("engine", what, remedy)];
-    let ProcessNeeds { files, resident_bytes } = match ProcessNeeds::decode(needs) {
+    let ProcessNeeds { files, resident_bytes, criu } = match ProcessNeeds::decode(needs) {
         Ok(needs) => needs,
         Err(error) => return odd(format!("what the process tree needs is damaged: {error}")),
     };
@@ -270,6 +339,7 @@ async fn lacking(needs: &[u8]) -> Vec<Problem> {
     };
     let compared = tokio::task::spawn_blocking(move || files::compare(&files)).await;
     let mut problems = compared.unwrap_or_else(|error| odd(error.to_string()));
+    problems.extend(versions::older(own_criu, &criu));
     let (_, available) = HostMemory::of_this_host().read();
     // Its images are freed as its processes take their memory.
     if resident_bytes > available {
@@ -319,6 +389,7 @@ impl Recovers for ProcessEngine {
             if let Ok(cgroup) = self.cgroup(id) {
                 // Without its keeper nothing of it can be held.
                 clear_cgroup(&cgroup).await;
+                container::clear(&self.place(id), &cgroup).await;
             }
             let why = "its keeper is gone: the host restarted, or it was stopped or killed";
             let cgroup = self.cgroup(id).unwrap_or_default();
@@ -366,7 +437,8 @@ impl Recovers for ProcessEngine {
             return Ok(None);
         }
         let (directory, cgroup) = (self.place(id), self.cgroup(id)?);
-        let parts = Parts { id, directory, cgroup, keeper, network, images: Vec::new() };
+        let (images, tracks, criu) = (Vec::new(), self.tracks(), self.criu_version());
+        let parts = Parts { id, directory, cgroup, keeper, network, images, tracks, criu };
         Ok(Some(Box::new(ArrivingTree::new(parts)?)))
     }
 

@@ -5,6 +5,11 @@
 //! still writes them, at the destination they are written under the number of
 //! their stream and get their names when the state says them. Small files travel
 //! in the state.
+//!
+//! What was written while the tree ran is in a directory of its own for each round
+//! ([`rounds`]); the images of the stop are at the top, and build on those.
+
+pub mod rounds;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,12 +20,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use migr_proto::v1::{self as proto, process_image};
 use nix::dir::Dir;
-use nix::fcntl::{OFlag, openat, renameat};
-use nix::sys::stat::Mode;
+use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::sys::stat::{Mode, SFlag, fstatat};
+use nix::sys::statfs::fstatfs;
 
-use crate::pages::PageBitmap;
+use crate::host_memory::HostMemory;
 use crate::sys::{memfd, tmpfs};
-use crate::units::{PAGE_SIZE, PageIndex, PageRun};
+use crate::units::PAGE_SIZE;
 use crate::workload::{ChunkSink, ChunkSource, OutOfStream, StreamKey};
 
 /// What all image files of CRIU's are called.
@@ -28,13 +34,16 @@ const SUFFIX: &str = ".img";
 /// How the names of those begin that are only ever appended to: memory.
 const APPENDED: &str = "pages-";
 /// A larger file is a stream of its own (bytes).
-const WHOLE_BYTES: u64 = 128 << 10;
+pub const WHOLE_BYTES: u64 = 128 << 10;
 /// What the whole files of a tree may come to (bytes): they are one message.
 const ALL_WHOLE_BYTES: u64 = 16 << 20;
 /// The longest name of a file.
 const NAME_BYTES: usize = 128;
 /// The most files of one tree.
-const FILES: usize = 65_536;
+pub const FILES: usize = 65_536;
+/// How often, and with how much room (bytes), images that grow are stopped from it.
+const STOP_TRIES: u32 = 100;
+const STOP_ROOM: u64 = 1 << 20;
 
 /// Where the streams of images begin.
 pub const FIRST_STREAM: u32 = 128;
@@ -47,12 +56,18 @@ pub struct Images {
     capacity: u64,
     /// How many streams there can be.
     streams: u32,
+    /// They are where they are to be, and nobody's to send.
+    stay: bool,
     open: Mutex<BTreeMap<StreamKey, Arc<File>>>,
+    /// Why something that arrived could not be put down, the first time.
+    trouble: Mutex<Option<String>>,
 }
 
 /// One file of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
+    /// The round in which it was written, from 1; 0: at the stop.
+    pub round: u32,
     /// Its name.
     pub name: String,
     /// Its length in bytes.
@@ -93,12 +108,14 @@ fn system(what: impl Into<String>) -> impl FnOnce(io::Error) -> ImagesError {
 }
 
 impl Images {
-    /// None yet; of at most `streams` streams of `capacity` bytes.
+    /// None yet; of at most `streams` streams of `capacity` bytes. All of them take at
+    /// most what of this host's memory is free now, so that it is them that fail when
+    /// there is no more, and not whoever the kernel kills for it.
     ///
     /// # Errors
     /// When the kernel makes no file system in memory.
     pub fn new(streams: u32, capacity: u64) -> Result<Self, ImagesError> {
-        let directory = tmpfs::create().map_err(system("make a file system in memory"))?;
+        let directory = tmpfs::create(room()).map_err(system("make a file system in memory"))?;
         // The mount is not a directory that files can be made in until it is opened.
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let directory = openat(&directory, ".", flags, Mode::empty())
@@ -109,7 +126,14 @@ impl Images {
     /// Those in a directory.
     #[must_use]
     pub fn over(directory: OwnedFd, streams: u32, capacity: u64) -> Self {
-        Self { directory, capacity, streams, open: Mutex::default() }
+        let (open, trouble) = (Mutex::default(), Mutex::default());
+        Self { directory, capacity, streams, stay: false, open, trouble }
+    }
+
+    /// Those that come to be in a directory of somebody else's, and stay there.
+    #[must_use]
+    pub fn that_stay(directory: OwnedFd) -> Self {
+        Self { stay: true, ..Self::over(directory, 0, 0) }
     }
 
     /// Their directory.
@@ -124,38 +148,82 @@ impl Images {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn open_file(&self, name: &str, flags: OFlag) -> io::Result<File> {
+    fn open_file(&self, round: u32, name: &str, flags: OFlag) -> io::Result<File> {
         let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
-        Ok(openat(self.directory.as_fd(), name, flags, Mode::from_bits_truncate(0o600))?.into())
+        let path = rounds::path_of(round, name);
+        Ok(openat(self.directory.as_fd(), path.as_str(), flags, Mode::from_bits_truncate(0o600))?
+            .into())
     }
 
-    /// The image files that are there now, by name.
+    /// Has CRIU fail that writes them: there is no room any more. It lets go of the
+    /// tree then, which takes it much less time than to go on. Where others have files
+    /// it is left alone.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or they grow faster than they can be stopped.
+    pub fn stop_growing(&self) -> Result<(), ImagesError> {
+        if self.stay {
+            return Ok(());
+        }
+        for _ in 0..STOP_TRIES {
+            let found = fstatfs(&self.directory).map_err(|e| system("measure images")(e.into()))?;
+            let block = u64::try_from(found.block_size()).unwrap_or(PAGE_SIZE);
+            let used = found.blocks().saturating_sub(found.blocks_free()).saturating_mul(block);
+            match tmpfs::resize(&self.directory, used.saturating_add(STOP_ROOM)) {
+                // More was written meanwhile than there was to be room for.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+                other => return other.map_err(system("stop images from growing")),
+            }
+        }
+        Err(ImagesError::Odd("they grow faster than they can be stopped".into()))
+    }
+
+    /// The image files of a round that are there now, by name.
     ///
     /// # Errors
     /// When the directory can't be read.
-    pub fn list(&self) -> Result<Vec<Image>, ImagesError> {
+    pub fn list(&self, round: u32) -> Result<Vec<Image>, ImagesError> {
+        self.list_of(round, |_| true)
+    }
+
+    /// Those of a name that is `wanted`: nothing is asked of the others.
+    fn list_of(
+        &self,
+        round: u32,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<Vec<Image>, ImagesError> {
         let failed = |e: nix::Error| system("list the images")(e.into());
-        let again = self.open_directory()?;
+        let again = self.open_directory(round)?;
         let mut directory = Dir::from_fd(again).map_err(failed)?;
         let mut found = Vec::new();
         for entry in directory.iter() {
             let entry = entry.map_err(failed)?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if !name.ends_with(SUFFIX) {
+            let name = entry.file_name().to_string_lossy();
+            if !name.ends_with(SUFFIX) || !wanted(&name) {
                 continue;
             }
-            let file = self.open_file(&name, OFlag::O_RDONLY).map_err(system("open an image"))?;
-            let length = file.metadata().map_err(system("measure an image"))?.len();
-            found.push(Image { name, length });
+            let flags = AtFlags::AT_SYMLINK_NOFOLLOW;
+            let path = rounds::path_of(round, &name);
+            let measured = match fstatat(&self.directory, path.as_str(), flags) {
+                // CRIU has taken it away again.
+                Err(nix::Error::ENOENT) => continue,
+                other => other.map_err(|e| system("measure an image")(e.into()))?,
+            };
+            if SFlag::from_bits_truncate(measured.st_mode & libc::S_IFMT) != SFlag::S_IFREG {
+                continue;
+            }
+            let length = u64::try_from(measured.st_size).unwrap_or(0);
+            found.push(Image { round, name: name.into_owned(), length });
         }
         found.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(found)
     }
 
-    /// The directory with a position of its own.
-    fn open_directory(&self) -> Result<OwnedFd, ImagesError> {
+    /// The directory of a round, with a position of its own.
+    fn open_directory(&self, round: u32) -> Result<OwnedFd, ImagesError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let opened = openat(self.directory.as_fd(), ".", flags, Mode::empty());
+        let path = rounds::path_of(round, ".");
+        let opened = openat(self.directory.as_fd(), path.as_str(), flags, Mode::empty());
         opened.map_err(|e| system("open the images")(e.into()))
     }
 
@@ -169,7 +237,7 @@ impl Images {
             return Err(ImagesError::Grown { what, allowed });
         }
         self.fits(image)?;
-        let file = self.open_file(&image.name, OFlag::O_RDONLY);
+        let file = self.open_file(image.round, &image.name, OFlag::O_RDONLY);
         let file = file.map_err(system(format!("open {}", image.name)))?;
         self.opened().insert(StreamKey(FIRST_STREAM + number), Arc::new(file));
         Ok(())
@@ -201,33 +269,38 @@ impl Images {
     pub fn to_wire(
         &self,
         images: &[Image],
-        streams: &BTreeMap<String, u32>,
+        streams: &BTreeMap<(u32, String), u32>,
     ) -> Result<Vec<proto::ProcessImage>, ImagesError> {
         let mut all = 0;
         let mut wire = Vec::new();
-        for Image { name, length } in images {
-            let content = match streams.get(name) {
+        if self.stay {
+            return Ok(wire);
+        }
+        for Image { round, name, length } in images {
+            let content = match streams.get(&(*round, name.clone())) {
                 Some(number) => process_image::Content::Stream(FIRST_STREAM + number),
                 None => {
                     all += length;
                     if all > ALL_WHOLE_BYTES {
                         return Err(ImagesError::Odd("its small images are too many".into()));
                     }
-                    process_image::Content::Whole(self.read_whole(name)?.into())
+                    process_image::Content::Whole(self.read_whole(*round, name)?.into())
                 }
             };
             wire.push(proto::ProcessImage {
                 name: name.clone(),
                 length: *length,
                 content: Some(content),
+                round: *round,
             });
         }
         Ok(wire)
     }
 
-    fn read_whole(&self, name: &str) -> Result<Vec<u8>, ImagesError> {
+    fn read_whole(&self, round: u32, name: &str) -> Result<Vec<u8>, ImagesError> {
         let mut bytes = Vec::new();
-        let file = self.open_file(name, OFlag::O_RDONLY).map_err(system(format!("open {name}")))?;
+        let file = self.open_file(round, name, OFlag::O_RDONLY);
+        let file = file.map_err(system(format!("open {name}")))?;
         let read = file.take(ALL_WHOLE_BYTES).read_to_end(&mut bytes);
         read.map_err(system(format!("read {name}")))?;
         Ok(bytes)
@@ -243,9 +316,10 @@ impl Images {
         if images.len() > FILES {
             return Err(odd("it has too many files"));
         }
+        self.make_rounds(images)?;
         let mut seen = std::collections::BTreeSet::new();
-        for proto::ProcessImage { name, length, content } in images {
-            if !valid_name(name) || !seen.insert(name) {
+        for proto::ProcessImage { name, length, content, round } in images {
+            if !is_image_name(name) || !seen.insert((round, name)) {
                 return Err(odd("a file has a name that it can't have"));
             }
             match content {
@@ -254,7 +328,7 @@ impl Images {
                         return Err(odd("a file is not as long as it says"));
                     }
                     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
-                    let file = self.open_file(name, flags);
+                    let file = self.open_file(*round, name, flags);
                     let mut file = file.map_err(system(format!("make {name}")))?;
                     file.write_all(bytes).map_err(system(format!("write {name}")))?;
                 }
@@ -266,14 +340,29 @@ impl Images {
                     let file = self.sink(key).map_err(system("open a stream"))?;
                     file.set_len(*length).map_err(system("give a stream its length"))?;
                     self.opened().remove(&key);
-                    let (from, to) = (stream_name(key), name.as_str());
-                    renameat(self.directory.as_fd(), from.as_str(), self.directory.as_fd(), to)
+                    let (from, to) = (stream_name(key), rounds::path_of(*round, name));
+                    let directory = self.directory.as_fd();
+                    renameat(directory, from.as_str(), directory, to.as_str())
                         .map_err(|e| system("name a stream")(e.into()))?;
                 }
                 None => return Err(odd("a file has no content")),
             }
         }
         Ok(())
+    }
+
+    /// Remembers why something could not be put down.
+    fn note(&self, error: &io::Error) {
+        let what = match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::ENOMEM) => {
+                "there is no memory left for the images of its processes: free memory on that \
+                 host, or choose another"
+                    .to_owned()
+            }
+            _ => format!("the images of its processes can't be written: {error}"),
+        };
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        trouble.get_or_insert(what);
     }
 
     fn has(&self, key: StreamKey) -> bool {
@@ -292,7 +381,7 @@ impl Images {
             return Ok(Arc::clone(file));
         }
         let flags = OFlag::O_RDWR | OFlag::O_CREAT;
-        let file = Arc::new(self.open_file(&stream_name(key), flags)?);
+        let file = Arc::new(self.open_file(0, &stream_name(key), flags)?);
         open.insert(key, Arc::clone(&file));
         Ok(file)
     }
@@ -338,7 +427,17 @@ impl Images {
     }
 }
 
-fn valid_name(name: &str) -> bool {
+/// What images may take of this host's memory, in bytes.
+fn room() -> u64 {
+    let (total, available) = HostMemory::of_this_host().read();
+    // What it takes to see that there is none left.
+    let room = available.saturating_sub(total / 64);
+    if total == 0 { 1 << 46 } else { room.max(PAGE_SIZE) }
+}
+
+/// Whether an image can have that name.
+#[must_use]
+pub fn is_image_name(name: &str) -> bool {
     let plain = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
     name.len() <= NAME_BYTES
         && name.ends_with(SUFFIX)
@@ -388,8 +487,11 @@ impl ChunkSink for Images {
     fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream> {
         let out = OutOfStream { key, offset, length: bytes.len() as u64 };
         self.inside(key, offset, bytes.len() as u64)?;
-        let file = self.sink(key).map_err(|_| out)?;
-        file.write_all_at(bytes, offset).map_err(|_| out)
+        let put = self.sink(key).and_then(|file| file.write_all_at(bytes, offset));
+        put.map_err(|error| {
+            self.note(&error);
+            out
+        })
     }
 
     fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {
@@ -405,54 +507,9 @@ impl ChunkSink for Images {
             Err(_) => Err(out),
         }
     }
-}
 
-/// What of growing files was not handed out yet.
-#[derive(Debug, Default)]
-pub struct Growing {
-    /// Number and pages handed out, by name.
-    known: BTreeMap<String, (u32, u64)>,
-}
-
-impl Growing {
-    /// The pages that have become complete since the last call; the last, begun,
-    /// ones too when it is `all`.
-    ///
-    /// # Errors
-    /// When there is more than was announced.
-    pub fn take(
-        &mut self,
-        images: &Images,
-        all: bool,
-    ) -> Result<Vec<(StreamKey, PageBitmap)>, ImagesError> {
-        let mut parts = Vec::new();
-        for image in images.list()?.iter().filter(|image| image.length > WHOLE_BYTES) {
-            // Of others CRIU may write the beginning last.
-            if !all && !image.name.starts_with(APPENDED) {
-                continue;
-            }
-            images.fits(image)?;
-            let next = u32::try_from(self.known.len()).unwrap_or(u32::MAX);
-            if !self.known.contains_key(&image.name) {
-                images.announce(next, image)?;
-            }
-            let (number, given) = self.known.entry(image.name.clone()).or_insert((next, 0));
-            let pages =
-                if all { image.length.div_ceil(PAGE_SIZE) } else { image.length / PAGE_SIZE };
-            if pages > *given {
-                let mut bitmap = PageBitmap::none(images.pages());
-                bitmap.insert(PageRun { first: PageIndex(*given), count: pages - *given });
-                parts.push((StreamKey(FIRST_STREAM + *number), bitmap));
-                *given = pages;
-            }
-        }
-        Ok(parts)
-    }
-
-    /// The number of each file's stream.
-    #[must_use]
-    pub fn numbers(&self) -> BTreeMap<String, u32> {
-        self.known.iter().map(|(name, (number, _))| (name.clone(), *number)).collect()
+    fn trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

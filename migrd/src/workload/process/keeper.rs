@@ -266,7 +266,24 @@ impl Keeper {
         }
     }
 
-    /// Stops the tree and has it written into `images`. Returns when it stands
+    /// Has the memory of the tree written into `images`, but for what has not changed
+    /// since those of `parent` were; empty: there are none. Returns when that is done.
+    /// The tree stands still for a moment only.
+    ///
+    /// # Errors
+    /// When it is not written. The tree runs.
+    pub async fn ahead(
+        &self,
+        images: OwnedFd,
+        options: proto::ProcessOptions,
+        parent: String,
+    ) -> Result<(), KeeperError> {
+        let ahead = proto::KeeperAhead { options: Some(options), parent };
+        self.done_with(keeper_request::Request::Ahead(ahead), vec![images]).await
+    }
+
+    /// Stops the tree and has it written into `images`, which build on those of
+    /// `parent`, as for [`Keeper::ahead`]. Returns when it stands
     /// still; [`Keeper::dumped`] says more.
     ///
     /// # Errors
@@ -275,14 +292,14 @@ impl Keeper {
         &self,
         images: OwnedFd,
         options: proto::ProcessOptions,
-        leave_running: bool,
+        parent: String,
     ) -> Result<(), KeeperError> {
         self.link.states().send_modify(|seen| {
             if let Seen::Alive { dumped, .. } = seen {
                 *dumped = None;
             }
         });
-        let dump = proto::KeeperDump { options: Some(options), leave_running };
+        let dump = proto::KeeperDump { options: Some(options), leave_running: false, parent };
         self.done_with(keeper_request::Request::Dump(dump), vec![images]).await
     }
 

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use migr_proto::v1 as proto;
 
-use super::images::{Growing, Images};
+use super::ahead::add;
+use super::images::Images;
+use super::images::rounds::Growing;
 use super::keeper::{Keeper, OUTPUT_LOG};
 use super::{LOG_STREAM, failed, to_wire};
 use crate::pages::PageSet;
@@ -14,10 +16,10 @@ use crate::serial_log::{Cleared, Reader};
 use crate::workload::{ProcessOptions, WorkloadError};
 
 /// What of memory is worth a part of its own while CRIU still writes, in pages:
-/// 16 MiB.
-const PART_PAGES: u64 = 4096;
+/// 4 MiB.
+pub(super) const PART_PAGES: u64 = 1024;
 /// How often to look what CRIU has written.
-const LOOK: Duration = Duration::from_millis(2);
+pub(super) const LOOK: Duration = Duration::from_millis(2);
 /// The version of a [`proto::ProcessState`] that this migrd writes.
 pub(super) const STATE_VERSION: u32 = 1;
 
@@ -30,6 +32,16 @@ pub(super) struct Dump {
 }
 
 impl Dump {
+    /// Of a tree of which `growing` was handed out already.
+    pub(super) fn after(growing: Growing) -> Self {
+        Self { growing, ..Self::default() }
+    }
+
+    /// CRIU has written everything, as far as was seen.
+    pub(super) fn is_written(&self) -> bool {
+        self.end.is_some()
+    }
+
     /// The next part of what has come to be since it was stopped, by the state of its
     /// `keeper`; `None` when that was all.
     pub(super) async fn rest(
@@ -42,12 +54,7 @@ impl Dump {
         let mut part = PageSet::default();
         while self.end.is_none() {
             self.end = keeper.dumped().map_err(|e| WorkloadError::new(e.to_string()))?;
-            for (key, mut pages) in self.growing.take(images, self.end.is_some())? {
-                if let Some(before) = part.get(key) {
-                    pages.union(before);
-                }
-                part.set(key, pages);
-            }
+            add(&mut part, self.growing.take(images, self.end.is_some())?);
             if part.count() >= PART_PAGES {
                 return Ok(Some(part));
             }
@@ -66,18 +73,18 @@ impl Dump {
         Ok(None)
     }
 
-    /// What the destination has to know beside the streams.
+    /// What the destination has to know beside the streams, but for what wrote them.
     pub(super) fn state(
         &self,
         images: &Images,
         options: ProcessOptions,
     ) -> Result<proto::ProcessState, WorkloadError> {
         let end = self.end.clone().ok_or_else(|| WorkloadError::new("it is not written yet"))?;
-        let proto::KeeperDumped { error: _, stdio, input, mounts, processes, criu } = end;
+        let proto::KeeperDumped { error: _, stdio, input, mounts, processes } = end;
         Ok(proto::ProcessState {
             version: STATE_VERSION,
-            criu,
-            images: images.to_wire(&images.list()?, &self.growing.numbers())?,
+            criu: String::new(),
+            images: images.to_wire(&images.list_all()?, &self.growing.numbers())?,
             stdio,
             input,
             mounts,

@@ -1,5 +1,6 @@
 //! A process tree of this host.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,19 +10,22 @@ use migr_proto::v1::{self as proto, KeeperPhase};
 use prost::Message;
 use tokio::sync::watch;
 
+use super::ahead::{Rounds, Size};
 use super::follow::follow;
 use super::images::Images;
 use super::keeper::{Keeper, OUTPUT_LOG};
 use super::leaving::Dump;
+use super::looking::Found;
 use super::net::Network;
 use super::remains::{put_away, remove};
 use super::streams::{TreeStreams, log_stream};
 use super::terminal::Stdio;
 use super::{image_streams, log_spec, to_wire, told};
 use crate::pages::PageSet;
+use crate::serial_log::LogStream;
 use crate::workload::{
-    Carry, ChunkSource, NoStreams, Problem, ProcessOptions, RunState, StreamHash, StreamSpec,
-    Terminal, Workload, WorkloadError,
+    Ahead, Carry, ChunkSource, Needing, Needs, NoStreams, Problem, ProcessOptions, RunState,
+    StreamHash, StreamSpec, Terminal, Workload, WorkloadError,
 };
 
 /// A tree, or what is left of one that has ended.
@@ -39,10 +43,20 @@ pub(super) struct Alive {
     pub(super) network: Option<Network>,
     paused: bool,
     pub(super) options: ProcessOptions,
+    /// Its images go to files, and not into memory.
+    pub(super) to_files: bool,
     streams: Vec<StreamSpec>,
     chunks: Arc<TreeStreams>,
     /// What it has to find at a destination, as was seen last.
-    pub(super) needs: Vec<u8>,
+    pub(super) found: Option<Arc<Found>>,
+    /// Version of the CRIU of this host.
+    pub(super) criu: String,
+    /// Whether the kernel tells what it writes to its memory.
+    tracks: bool,
+    /// What it has, as was seen last.
+    size: Size,
+    /// What of its memory went ahead.
+    rounds: Rounds,
     /// A dump that was begun.
     dump: Option<Dump>,
     /// Says why it ended if that was an operator's wish.
@@ -51,13 +65,14 @@ pub(super) struct Alive {
 
 impl Tree {
     /// Takes hold of a tree whose keeper lives. `paused`: an operator wants it to
-    /// stand still.
+    /// stand still. `tracks`: the kernel tells what it writes to its memory.
     pub(super) fn new(
         directory: PathBuf,
         cgroup: PathBuf,
         keeper: Arc<Keeper>,
         network: Option<Network>,
         paused: bool,
+        tracks: bool,
     ) -> Result<Self, WorkloadError> {
         let terminal =
             Arc::new(Stdio::open(&directory.join(OUTPUT_LOG), keeper.written(), &keeper)?);
@@ -69,13 +84,26 @@ impl Tree {
             network,
             paused,
             options: ProcessOptions::default(),
+            to_files: false,
             streams: vec![log_spec()],
             chunks,
-            needs: Vec::new(),
+            found: None,
+            criu: String::new(),
+            tracks,
+            size: Size::default(),
+            rounds: Rounds::default(),
             dump: None,
             stopped,
         };
         Ok(Self { directory, cgroup, terminal, state, alive: Some(alive) })
+    }
+
+    /// The same, that a CRIU of that version would write.
+    pub(super) fn written_by(mut self, criu: String) -> Self {
+        if let Some(alive) = &mut self.alive {
+            alive.criu = criu;
+        }
+        self
     }
 
     /// What is left of a tree that is gone.
@@ -132,6 +160,14 @@ impl Tree {
 }
 
 impl Alive {
+    /// The images may be as large as its memory, and nobody reads them any more.
+    fn forget_images(&mut self, log: LogStream) -> Result<(), WorkloadError> {
+        self.rounds = Rounds::default();
+        self.chunks = Arc::new(TreeStreams::new(log, Images::new(0, 0)?));
+        self.streams = vec![log_spec()];
+        Ok(())
+    }
+
     async fn resume(&mut self) -> Result<(), WorkloadError> {
         if let Some(network) = &self.network {
             network.join().await?;
@@ -174,29 +210,72 @@ impl Workload for Tree {
         let log = log_stream(&self.directory)?;
         let alive = self.alive()?;
         let stats = alive.keeper.stats().await.map_err(told("measure it"))?;
-        let images = image_streams(stats.processes, stats.resident_bytes);
+        let images = image_streams(stats.processes, stats.resident_bytes, alive.tracks);
         let count = u32::try_from(images.len()).unwrap_or(u32::MAX);
         let length = images.first().map_or(0, |spec| spec.length);
         alive.options = what.process;
+        alive.size = Size { processes: stats.processes, private_bytes: stats.private_bytes };
+        alive.rounds = Rounds::default();
+        alive.to_files = what.to_files;
         alive.chunks = Arc::new(TreeStreams::new(log, Images::new(count, length)?));
         alive.streams = [vec![log_spec()], images].concat();
         Ok(())
     }
 
-    fn needs(&self) -> Vec<u8> {
-        self.alive.as_ref().map_or_else(Vec::new, |alive| alive.needs.clone())
+    fn needs(&self) -> Needing {
+        match self.alive.as_ref().and_then(|alive| alive.found.clone()) {
+            Some(found) => Arc::new(move || found.needs()),
+            None => Arc::new(Needs::default),
+        }
+    }
+
+    fn saves_files(&self) -> bool {
+        true
+    }
+
+    async fn save_files_in(&mut self, directory: OwnedFd) -> Result<(), WorkloadError> {
+        let log = log_stream(&self.directory)?;
+        let alive = self.alive()?;
+        alive.chunks = Arc::new(TreeStreams::new(log, Images::that_stay(directory)));
+        alive.streams = vec![log_spec()];
+        Ok(())
     }
 
     async fn problems(&mut self) -> Result<Vec<Problem>, WorkloadError> {
         self.alive()?.look().await
     }
 
+    fn ahead(&self) -> Ahead {
+        let not = |why: &str| Ahead::Not(why.to_owned());
+        match &self.alive {
+            None => not("it has ended"),
+            Some(alive) if alive.paused => not("it is paused, so nothing would run meanwhile"),
+            Some(alive) if alive.keeper.config().container.is_some() => {
+                not("this version moves containers while they stand still")
+            }
+            Some(alive) if !alive.tracks => {
+                not("the kernel of this host does not track what processes write to their \
+                     memory (CONFIG_MEM_SOFT_DIRTY)")
+            }
+            Some(alive) => alive.rounds.possible(alive.size, alive.chunks.images()),
+        }
+    }
+
+    async fn copy_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
+        let Alive { keeper, chunks, rounds, options, .. } = self.alive()?;
+        rounds.next(keeper, chunks.images(), to_wire(*options)).await
+    }
+
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {
-        Err(WorkloadError::new("what it writes to its memory is not tracked: use --mode stop"))
+        Err(WorkloadError::new("the memory of a process tree goes in copies"))
     }
 
     async fn stop_tracking(&mut self) -> Result<(), WorkloadError> {
-        Ok(())
+        let log = log_stream(&self.directory);
+        let Some(alive) = &mut self.alive else { return Ok(()) };
+        // Whoever gets the tree next may stop it at once, which CRIU would not survive.
+        alive.rounds.end().await;
+        alive.forget_images(log?)
     }
 
     async fn dirty(&mut self) -> Result<PageSet, WorkloadError> {
@@ -215,6 +294,7 @@ impl Workload for Tree {
     async fn freeze(&mut self) -> Result<(), WorkloadError> {
         let alive = self.alive()?;
         let images = alive.chunks.images().directory()?;
+        let (parent, growing) = std::mem::take(&mut alive.rounds).into_stop();
         // Nobody's answer to what it sent last may reach it any more, or it would
         // have been acknowledged in vain.
         let cut = match &alive.network {
@@ -223,7 +303,7 @@ impl Workload for Tree {
         };
         let stopped = match cut {
             Ok(()) => {
-                let dumped = alive.keeper.dump(images, to_wire(alive.options), false).await;
+                let dumped = alive.keeper.dump(images, to_wire(alive.options), parent).await;
                 dumped.map_err(told("stop it"))
             }
             Err(error) => Err(error),
@@ -232,7 +312,7 @@ impl Workload for Tree {
             self.rejoin().await;
             return Err(error);
         }
-        self.alive()?.dump = Some(Dump::default());
+        self.alive()?.dump = Some(Dump::after(growing));
         Ok(())
     }
 
@@ -257,7 +337,8 @@ impl Workload for Tree {
     async fn save(&mut self) -> Result<Vec<u8>, WorkloadError> {
         let alive = self.alive()?;
         let dump = alive.dump.as_ref().ok_or_else(|| WorkloadError::new("it was not stopped"))?;
-        Ok(dump.state(alive.chunks.images(), alive.options)?.encode_to_vec())
+        let state = dump.state(alive.chunks.images(), alive.options)?;
+        Ok(proto::ProcessState { criu: alive.criu.clone(), ..state }.encode_to_vec())
     }
 
     async fn let_go(&mut self) -> Result<(), WorkloadError> {
@@ -267,7 +348,14 @@ impl Workload for Tree {
     async fn thaw(&mut self) -> Result<(), WorkloadError> {
         let log = log_stream(&self.directory);
         let alive = self.alive()?;
-        alive.dump = None;
+        let writing = alive.dump.take().is_some_and(|dump| !dump.is_written());
+        if writing && alive.keeper.phase() == KeeperPhase::Dumping {
+            // CRIU can't be told to end in the middle: it is when it can't write that
+            // it lets go of the processes.
+            if let Err(error) = alive.chunks.images().stop_growing() {
+                tracing::warn!(%error, "the processes wait until CRIU has written everything");
+            }
+        }
         // It runs again in every case: without its network rather than not at all.
         let joined = match &alive.network {
             Some(network) => network.join().await.map(|()| network.announce_aside()),
@@ -275,9 +363,7 @@ impl Workload for Tree {
         };
         let thawed = alive.keeper.done(Request::Thaw(proto::KeeperThaw {})).await;
         thawed.map_err(told("let it run again"))?;
-        // The images are as large as its memory, and nobody reads them any more.
-        alive.chunks = Arc::new(TreeStreams::new(log?, Images::new(0, 0)?));
-        alive.streams = vec![log_spec()];
+        alive.forget_images(log?)?;
         joined
     }
 
@@ -317,6 +403,7 @@ impl Workload for Tree {
         };
         alive.stopped.send_replace(Some(why));
         end(alive, &self.cgroup).await;
+        super::container::clear(&self.directory, &self.cgroup).await;
         Ok(())
     }
 
@@ -324,6 +411,7 @@ impl Workload for Tree {
         if let Some(alive) = self.alive.take() {
             end(alive, &self.cgroup).await;
         }
+        super::container::clear(&self.directory, &self.cgroup).await;
         remove(&self.directory);
     }
 }

@@ -1,5 +1,6 @@
 //! A VM of this host.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +18,8 @@ use super::{LOG_STREAM, all_streams, chain, disks, failed, streams, told};
 use crate::pages::PageSet;
 use crate::units::PAGE_SIZE;
 use crate::workload::{
-    Carry, ChunkSource, NoStreams, Problem, RunState, StreamHash, StreamKey, StreamSpec, Terminal,
-    Workload, WorkloadError,
+    Ahead, Carry, ChunkSource, Needing, Needs, NoStreams, Problem, RunState, StreamHash, StreamKey,
+    StreamSpec, Terminal, Workload, WorkloadError,
 };
 
 /// How long its devices may take to finish what they have begun, before a move
@@ -200,7 +201,7 @@ impl Workload for Vm {
     }
 
     async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError> {
-        let Carry { disks, process: _ } = what;
+        let Carry { disks, to_files: _, process: _ } = what;
         let alive = self.alive()?;
         let carried = if disks { Some(alive.disks.read().await?) } else { None };
         let streams = all_streams(alive.child.config(), disks);
@@ -219,14 +220,30 @@ impl Workload for Vm {
         Ok(())
     }
 
-    fn needs(&self) -> Vec<u8> {
-        Vec::new()
+    fn needs(&self) -> Needing {
+        Arc::new(Needs::default)
+    }
+
+    fn saves_files(&self) -> bool {
+        false
+    }
+
+    async fn save_files_in(&mut self, _: OwnedFd) -> Result<(), WorkloadError> {
+        Err(WorkloadError::new("it is saved in streams and has no files"))
     }
 
     async fn problems(&mut self) -> Result<Vec<Problem>, WorkloadError> {
         // What a disk or a device has against it is found when it is carried or
         // drained.
         Ok(Vec::new())
+    }
+
+    fn ahead(&self) -> Ahead {
+        Ahead::Pages
+    }
+
+    async fn copy_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
+        Err(WorkloadError::new("the memory of a VM goes page by page"))
     }
 
     async fn start_tracking(&mut self) -> Result<(), WorkloadError> {

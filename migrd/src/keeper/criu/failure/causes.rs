@@ -24,6 +24,13 @@ impl Cause {
 /// Where two are in one line, the first is meant.
 pub(super) const CAUSES: &[Cause] = &[
     Cause {
+        code: "connection_tracking",
+        marks: &[&["-22 reported by netlink"]],
+        says: "the kernel does not tell CRIU which connections of a network it tracks",
+        quoted: false,
+        remedy: "modprobe nf_conntrack_netlink at the host that it leaves",
+    },
+    Cause {
         code: "tcp_established",
         marks: &[&["Connected TCP socket"]],
         says: "there is an established TCP connection",
@@ -190,6 +197,14 @@ pub(super) const CAUSES: &[Cause] = &[
         code: "capability",
         marks: &[&["CAP_CHECKPOINT_RESTORE"]],
         says: "migrd lacks CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE, without which CRIU cannot work",
+        quoted: false,
+        remedy: "run migrd as root, with all capabilities",
+    },
+    Cause {
+        code: "capability_resource",
+        marks: &[&["Can't get rlimit"]],
+        says: "migrd lacks CAP_SYS_RESOURCE, without which CRIU cannot see the limits of processes \
+               of users other than root",
         quoted: false,
         remedy: "run migrd as root, with all capabilities",
     },

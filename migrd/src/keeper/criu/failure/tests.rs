@@ -31,9 +31,17 @@ fn restore_failing_with(lines: &str) -> Failure {
 fn each_known_way_to_fail_a_dump_has_its_cause() {
     let table = [
         (
+            "connection_tracking",
+            "(00.519898) Error (criu/libnetlink.c:54): -22 reported by netlink: Invalid argument",
+        ),
+        (
             "tcp_established",
             "(00.042426) Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using \
              --tcp-established option.",
+        ),
+        (
+            "capability_resource",
+            "(00.043112) Error (criu/cr-dump.c:318): Can't get rlimit 0: Operation not permitted",
         ),
         (
             "file_locks",

@@ -31,6 +31,7 @@ pub struct TestHost {
     pub(super) arriving: Arc<Mutex<HashSet<WorkloadId>>>,
     /// Guests that are made here will refuse these.
     pub failing: Mutex<Vec<(crate::workload::fake::Op, u32)>>,
+    pub never_loads: Mutex<bool>,
 }
 
 pub(super) struct Daemon {
@@ -166,6 +167,9 @@ impl Engine for FakeEngine {
         let guest = Guest::empty(&self.0.world().census, PAGES);
         for (op, times) in lock(&self.0.failing).iter() {
             guest.failing_at(*op, *times);
+        }
+        if *lock(&self.0.never_loads) {
+            guest.never_loads();
         }
         lock(&self.0.guests).insert(manifest.workload, guest.clone());
         Ok(Box::new(FakeArriving(guest)))

@@ -6,12 +6,13 @@ mod link;
 
 use crate::migration::journal::{Counterpart, Event, Identity, Journal, WorkloadRecord};
 use crate::migration::link::{Offer, Peer};
+use crate::migration::mode::choose;
 use crate::migration::phase::{Mode, Progress, Report};
 use crate::migration::recovery::{Duty, duty};
 use crate::migration::source::{self, Context, End, FixedCost, Request};
 use crate::units::{Epoch, HostId, MigrationId, PAGE_SIZE, WorkloadId};
 use crate::workload::fake::{Census, FakeWorkload, Guest, STREAM};
-use crate::workload::{Kind, Manifest, ProcessOptions, StreamSpec};
+use crate::workload::{Kind, Manifest, ProcessOptions, StreamSpec, Workload};
 use host::{SINKS, TestHost};
 use link::Link;
 pub use link::{Call, Fault};
@@ -64,6 +65,7 @@ impl World {
                 guests: Mutex::default(),
                 daemon: Mutex::default(),
                 failing: Mutex::default(),
+                never_loads: Mutex::default(),
                 arriving: Arc::default(),
             });
             lock(&world.hosts).push(host.clone());
@@ -166,6 +168,7 @@ impl World {
                 epoch: record.epoch,
                 paused: record.paused,
                 request,
+                mode: choose(request.mode, &FakeWorkload(guest.clone()).ahead()).expect("a mode"),
                 here: task_host.address.clone(),
                 peer: world.link(&task_host.address, &to),
                 peer_host: world.host(&to).id,
@@ -227,8 +230,9 @@ impl World {
 
 /// What most tests ask for.
 pub fn request(mode: Mode) -> Request {
-    let max_downtime = Duration::from_millis(50);
+    let max_downtime = Some(Duration::from_millis(50));
     let process = ProcessOptions::default();
+    let mode = Some(mode);
     Request { mode, max_downtime, timeout: None, verify: true, copy_disks: false, process }
 }
 
@@ -240,6 +244,11 @@ impl World {
     /// Guests made on `host` from now on refuse `op` so many times.
     pub fn fail_at(&self, host: &str, op: crate::workload::fake::Op, times: u32) {
         *lock(&self.host(host).failing) = vec![(op, times)];
+    }
+
+    /// Guests made on `host` from now on are never loaded to the end.
+    pub fn never_loads(&self, host: &str) {
+        *lock(&self.host(host).never_loads) = true;
     }
 
     pub fn pause(&self, host: &str, identity: &Identity) {

@@ -84,7 +84,9 @@ impl<'o> Checker<'o> {
             Some(true) => self.nameless(place, report),
             None if silly || bytes.ends_with(DELETED) => self.nameless(place, report),
             Some(false) | None => {
-                if self.first(place) {
+                // One that has ended meanwhile has no root to look from, and needs nothing.
+                let lives = namespace(place.process.pid, "mnt").is_some();
+                if lives && self.first(place) {
                     hidden(place, report);
                 }
             }

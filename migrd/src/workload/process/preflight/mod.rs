@@ -11,7 +11,9 @@
 //! have open; one file a concern says what is wrong with that. `files` is what
 //! the tree must find at the destination.
 
+mod adopting;
 mod anonymous;
+pub mod container;
 mod deleted;
 mod descriptors;
 mod devices;
@@ -32,6 +34,7 @@ mod tree;
 mod ttys;
 mod unix;
 
+pub use adopting::{Adoptable, look};
 pub use scan::scan;
 pub use tcp::Connection;
 pub use tree::{Process, Tree};
@@ -57,6 +60,9 @@ pub struct Options {
     pub own_network: bool,
     /// Inodes of the pipes whose other end is migr's.
     pub kept_pipes: Vec<u64>,
+    /// Mount points of file systems that move with the tree, and with them what it has
+    /// there.
+    pub carried: Vec<String>,
 }
 
 /// What was found.

@@ -1,7 +1,7 @@
 //! Everything of a tree that has a path: open files, mapped ones, executables
 //! and directories, each with what is really behind it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -11,6 +11,7 @@ use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use nix::sys::statfs::{FsType, fstatfs};
 
+use super::Options;
 use super::descriptors::{Descriptor, Kind};
 use super::mappings::Mapping;
 use super::procfs::{self, FdInfo};
@@ -140,6 +141,13 @@ pub(super) fn read<'a>(
     places
 }
 
+/// The mounts of the tree that move with it.
+pub(super) fn carried(tree: &Tree, options: &Options) -> HashSet<u32> {
+    let text = procfs::read(tree.init, "mountinfo").unwrap_or_default();
+    let points = procfs::mount_points(&text);
+    points.filter(|(_, path)| options.carried.iter().any(|c| c == path)).map(|(id, _)| id).collect()
+}
+
 /// The inode of a namespace of a process.
 pub(super) fn namespace(pid: u32, kind: &str) -> Option<u64> {
     let link = fs::read_link(procfs::path(pid, &format!("ns/{kind}"))).ok()?;
@@ -180,6 +188,11 @@ fn is_system_v(path: &[u8]) -> bool {
 }
 
 impl Place<'_> {
+    /// Whether it is on one of these mounts.
+    pub(super) fn is_on(&self, mounts: &HashSet<u32>) -> bool {
+        self.probe.mount.is_some_and(|mount| mounts.contains(&mount))
+    }
+
     /// Whether it is a segment of System V's shared memory.
     pub(super) fn is_system_v(&self) -> bool {
         self.role == Role::Mapping

@@ -107,9 +107,19 @@ impl FdInfo {
     }
 }
 
+/// The ids of the mounts in a `mountinfo`, and where they are. A path with a blank or
+/// the like in it is as the kernel writes it.
+pub(super) fn mount_points(mountinfo: &str) -> impl Iterator<Item = (u32, &str)> {
+    mountinfo.lines().filter_map(|line| {
+        let mut words = line.split(' ');
+        let id = words.next()?.parse().ok()?;
+        Some((id, words.nth(3)?))
+    })
+}
+
 /// The ids of the mounts in a `mountinfo`.
 pub(super) fn mounts(mountinfo: &str) -> impl Iterator<Item = u32> {
-    mountinfo.lines().filter_map(|line| line.split(' ').next()?.parse().ok())
+    mount_points(mountinfo).map(|(id, _)| id)
 }
 
 #[cfg(test)]

@@ -29,6 +29,11 @@ impl Report {
         }
     }
 
+    /// How many there are so far.
+    pub(super) fn count(&self) -> usize {
+        self.problems.len()
+    }
+
     /// All of them; of a code that was found too often, how many more there are.
     pub(super) fn finish(mut self) -> Vec<Problem> {
         for (code, count) in self.counts {

@@ -1,11 +1,19 @@
 //! The whole look at a tree.
 
+use std::collections::BTreeSet;
+use std::io;
+use std::path::PathBuf;
+
+use super::files::UsedFile;
+use super::places::Probe;
 use super::report::Report;
 use super::tree::Tree;
 use super::{
     Findings, Options, anonymous, deleted, descriptors, devices, files, locks, mappings,
-    namespaces, outside, pipes, places, sockets, tcp, ttys, unix,
+    namespaces, outside, pipes, places, procfs, sockets, tcp, ttys, unix,
 };
+use crate::keeper::mounts;
+use crate::sys::process;
 use crate::workload::WorkloadError;
 
 /// Looks through the tree whose first process is `init`, without stopping it or
@@ -39,7 +47,9 @@ pub fn scan(init: u32, options: &Options) -> Result<Findings, WorkloadError> {
     unix.check(&outside, &mut report);
     pipes::check(&descriptors, &outside, options, &mut report);
 
-    let files = files::of(&there);
+    let carried = places::carried(&tree, options);
+    let mut files = files::of(there.iter().copied().filter(|place| !place.is_on(&carried)));
+    files.extend(elsewhere(&tree, &unix));
     if files.len() > files::MAX_FILES {
         report.add(
             "too-many-files",
@@ -57,9 +67,40 @@ pub fn scan(init: u32, options: &Options) -> Result<Findings, WorkloadError> {
     })
 }
 
+/// What else it must find: directories of its Unix sockets, and something wherever
+/// something is mounted that does not move with it.
+fn elsewhere(tree: &Tree, unix: &unix::Known<'_, '_>) -> Vec<UsedFile> {
+    let sockets: BTreeSet<_> = unix.bound().map(PathBuf::from).collect();
+    let sockets = sockets.into_iter().filter(|path| !mounts::is_own(path));
+    let sockets = sockets.map(|path| files::thing(path, files::Kind::Socket, 0));
+    let mounted = mounts::of(&tree.init.to_string()).unwrap_or_default();
+    let root = procfs::path(tree.init, "root");
+    // Of the kernel's own file systems a tree keeps nothing that is mounted on them.
+    let points = mounts::external(&mounted)
+        .into_iter()
+        .filter(|path| !path.starts_with("/proc/") && !path.starts_with("/sys/"));
+    let points = points.filter_map(|path| {
+        let found = Probe::of(&root.join(path.strip_prefix('/')?))?;
+        Some(files::thing(path.into(), files::Kind::MountPoint, found.stat.st_mode))
+    });
+    sockets.chain(points).collect()
+}
+
 /// What is wrong with the processes themselves.
 fn processes(tree: &Tree, report: &mut Report) {
     for process in &tree.processes {
+        // CRIU runs with this daemon's rights.
+        let limits = process::may_read_limits(process.pid);
+        if limits.is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
+            report.add(
+                "other-user",
+                format!(
+                    "{process} runs as another user than migrd, and CRIU may not read its limits"
+                ),
+                "run migrd with CAP_SYS_RESOURCE (in a container: --cap-add SYS_RESOURCE), or \
+                 the program as root",
+            );
+        }
         if let Some(tracer) = process.tracer {
             report.add(
                 "ptraced",

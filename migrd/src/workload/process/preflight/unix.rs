@@ -93,6 +93,12 @@ impl Known<'_, '_> {
         }
     }
 
+    /// Where sockets of the tree are bound, if those are paths from the root.
+    pub(super) fn bound(&self) -> impl Iterator<Item = &str> {
+        let names = self.sockets.iter().filter_map(|(inode, _)| self.all.get(inode)?.name.as_ref());
+        names.map(String::as_str).filter(|name| name.starts_with('/'))
+    }
+
     fn mine(&self) -> HashSet<u64> {
         self.sockets.iter().map(|(inode, _)| *inode).collect()
     }
@@ -121,7 +127,11 @@ fn refuse(descriptor: &Descriptor<'_>, to: &str, report: &mut Report) {
 fn foreign(descriptor: &Descriptor<'_>, report: &mut Report) {
     report.add(
         "socket-other-network",
-        format!("{descriptor} is a socket of a network that no process of the workload is in"),
-        "have the program make it itself, inside of the workload, instead of inheriting it",
+        format!(
+            "{descriptor} is a Unix socket of a network that no process of the workload is in: a \
+             program outside has connected to it, or it was inherited"
+        ),
+        "have the program outside close that connection or use TCP, or start both together as one \
+         workload; what was inherited the program should make itself",
     );
 }

@@ -17,7 +17,16 @@ pub fn compare(files: &[UsedFile]) -> Vec<Problem> {
     let mut report = Report::default();
     let mut budget = Budget::new();
     for file in files {
-        match Found::at(&file.path) {
+        // A socket is made anew, where its directory is.
+        let path = match file.kind {
+            Kind::Socket => file.path.parent().unwrap_or(&file.path),
+            _ => &file.path,
+        };
+        let missing = match file.kind {
+            Kind::MountPoint => "destination-mount-missing",
+            _ => "destination-file-missing",
+        };
+        match Found::at(path) {
             Ok(found) => {
                 if let Some(how) = differs(file, &found, &mut budget) {
                     report.add(
@@ -28,7 +37,7 @@ pub fn compare(files: &[UsedFile]) -> Vec<Problem> {
                 }
             }
             Err(error) => report.add(
-                "destination-file-missing",
+                missing,
                 match error.kind() {
                     io::ErrorKind::NotFound => format!("{} is not there", describe(file)),
                     _ => format!("{} can't be looked at: {error}", describe(file)),
@@ -41,16 +50,23 @@ pub fn compare(files: &[UsedFile]) -> Vec<Problem> {
 }
 
 fn differs(file: &UsedFile, found: &Found, budget: &mut Budget) -> Option<String> {
-    let wanted = if file.kind == Kind::Directory { SFlag::S_IFDIR } else { SFlag::S_IFREG };
+    let wanted = match file.kind {
+        Kind::Executable | Kind::Mapped | Kind::Open => SFlag::S_IFREG,
+        Kind::Directory | Kind::Socket => SFlag::S_IFDIR,
+        Kind::Device | Kind::NamedPipe | Kind::MountPoint => file.format(),
+    };
     if found.format() != wanted {
-        let what = if wanted == SFlag::S_IFDIR { "directory" } else { "regular file" };
-        return Some(format!("is not a {what} there"));
+        return Some(format!("is not a {} there", called(wanted)));
+    }
+    // Of these CRIU does not look at it.
+    if matches!(file.kind, Kind::Device | Kind::Socket | Kind::MountPoint) {
+        return None;
     }
     if found.stat.st_mode != file.mode {
         let (there, here) = (found.stat.st_mode & 0o7777, file.mode & 0o7777);
         return Some(format!("has the mode {there:04o} there and {here:04o} at the source"));
     }
-    if file.kind == Kind::Directory {
+    if matches!(file.kind, Kind::Directory | Kind::NamedPipe) {
         return None;
     }
     let size = u64::try_from(found.stat.st_size).unwrap_or(0);
@@ -78,12 +94,27 @@ fn differs(file: &UsedFile, found: &Found, budget: &mut Budget) -> Option<String
     }
 }
 
+fn called(format: SFlag) -> &'static str {
+    match format {
+        SFlag::S_IFDIR => "directory",
+        SFlag::S_IFREG => "regular file",
+        SFlag::S_IFIFO => "named pipe",
+        SFlag::S_IFCHR => "character device",
+        SFlag::S_IFBLK => "block device",
+        _ => "file of the same type",
+    }
+}
+
 fn describe(file: &UsedFile) -> String {
     let what = match file.kind {
         Kind::Executable => "the program",
         Kind::Mapped => "the mapped file",
         Kind::Open => "the open file",
         Kind::Directory => "the directory",
+        Kind::Device => "the open device",
+        Kind::NamedPipe => "the open named pipe",
+        Kind::Socket => "the directory of the Unix socket",
+        Kind::MountPoint => "the mount point",
     };
     format!("{what} {}", file.path.display())
 }
@@ -95,6 +126,16 @@ fn remedy(file: &UsedFile) -> String {
             "install the same version of its package on both hosts, or run it from storage that \
              both share"
                 .to_owned()
+        }
+        (Kind::Device, _) => {
+            format!(
+                "see why {path} is not there: a module that is not loaded, a device of another host"
+            )
+        }
+        (Kind::NamedPipe, _) => format!("make {path} there with the same mode (mkfifo)"),
+        (Kind::Socket, _) => format!("make the directory of {path} there"),
+        (Kind::MountPoint, _) => {
+            format!("make {path} there, and mount what is mounted there if the workload needs it")
         }
         (Kind::Directory, _) => {
             format!("make {path} there with the same mode, or put it on storage that both share")

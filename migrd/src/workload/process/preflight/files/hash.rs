@@ -32,7 +32,8 @@ pub fn hash(init: u32, files: &mut [UsedFile]) {
 
 /// Whether its content is to be compared.
 pub(super) fn is_hashed(file: &UsedFile) -> bool {
-    file.access == Access::Read && file.kind != Kind::Directory && file.size <= MAX_HASHED
+    let content = matches!(file.kind, Kind::Executable | Kind::Mapped | Kind::Open);
+    content && file.access == Access::Read && file.size <= MAX_HASHED
 }
 
 /// How much may still be hashed.

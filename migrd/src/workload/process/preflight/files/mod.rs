@@ -40,6 +40,14 @@ pub enum Kind {
     Open,
     /// A directory that is open, or one that a process is in.
     Directory,
+    /// A device is open.
+    Device,
+    /// A named pipe is open.
+    NamedPipe,
+    /// A Unix socket is bound there. It is made anew: its directory is needed.
+    Socket,
+    /// What is mounted there is not carried: something has to be in its place.
+    MountPoint,
 }
 
 /// How its content may change.
@@ -73,6 +81,11 @@ pub struct UsedFile {
 }
 
 impl UsedFile {
+    /// The type of file that its mode says.
+    fn format(&self) -> SFlag {
+        SFlag::from_bits_truncate(self.mode & SFlag::S_IFMT.bits())
+    }
+
     /// Whether another file of this name is told by its content, and not only by
     /// its size. A plan says which ones are not.
     #[must_use]
@@ -81,8 +94,13 @@ impl UsedFile {
     }
 }
 
+/// Another thing than a file, of which all that matters is that it is there.
+pub(super) fn thing(path: PathBuf, kind: Kind, mode: u32) -> UsedFile {
+    UsedFile { path, kind, access: Access::Read, size: 0, mode, mtime_ns: 0, blake3: None }
+}
+
 /// The files among `places`, each once, by path.
-pub(super) fn of(places: &[&Place<'_>]) -> Vec<UsedFile> {
+pub(super) fn of<'a>(places: impl Iterator<Item = &'a Place<'a>>) -> Vec<UsedFile> {
     let mut files: BTreeMap<&PathBuf, UsedFile> = BTreeMap::new();
     for place in places {
         let Some(file) = file(place) else { continue };
@@ -108,6 +126,12 @@ fn file(place: &Place<'_>) -> Option<UsedFile> {
         (Role::Executable, SFlag::S_IFREG) => Kind::Executable,
         (Role::Mapping, SFlag::S_IFREG) => Kind::Mapped,
         (Role::Descriptor(_), SFlag::S_IFREG) => Kind::Open,
+        (Role::Descriptor(_), SFlag::S_IFIFO) => {
+            return Some(thing(place.path.clone(), Kind::NamedPipe, probe.stat.st_mode));
+        }
+        (Role::Descriptor(_), SFlag::S_IFCHR | SFlag::S_IFBLK) => {
+            return Some(thing(place.path.clone(), Kind::Device, probe.stat.st_mode));
+        }
         _ => return None,
     };
     let access = match (kind, place.writes, place.appends) {

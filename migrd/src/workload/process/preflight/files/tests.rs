@@ -152,3 +152,39 @@ fn no_more_is_hashed_than_the_limit() {
     assert!(!budget.take(1));
     assert!(budget.take(0));
 }
+
+#[test]
+fn things_that_are_no_files_have_to_be_there_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pipe, below) = (dir.path().join("pipe"), dir.path().join("run/socket"));
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    std::fs::create_dir(dir.path().join("run")).unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().mode();
+    let mount = |path: &Path| thing(path.to_owned(), Kind::MountPoint, mode(path));
+    let things = [
+        thing(pipe.clone(), Kind::NamedPipe, mode(&pipe)),
+        thing("/dev/null".into(), Kind::Device, mode(Path::new("/dev/null"))),
+        thing(below.clone(), Kind::Socket, 0),
+        mount(&dir.path().join("run")),
+        mount(Path::new("/etc/passwd")),
+    ];
+    assert!(codes(&things).is_empty(), "{:?}", compare(&things));
+    assert_eq!(from_wire(to_wire(&things)).unwrap(), things);
+
+    std::fs::set_permissions(&pipe, PermissionsExt::from_mode(0o640)).unwrap();
+    assert!(told(&things[0]).contains("mode 0640"), "{}", told(&things[0]));
+    std::fs::remove_file(&pipe).unwrap();
+    std::fs::write(&pipe, "").unwrap();
+    assert!(told(&things[0]).contains("not a named pipe"), "{}", told(&things[0]));
+    std::fs::remove_file(&pipe).unwrap();
+    std::fs::remove_dir(dir.path().join("run")).unwrap();
+    let missing = ["destination-file-missing"; 2];
+    assert_eq!(codes(&[things[0].clone(), things[2].clone()]), missing);
+    assert_eq!(codes(&things[3..4]), ["destination-mount-missing"]);
+    assert!(told(&things[2]).contains("/run/socket is not there"), "{}", told(&things[2]));
+    let device = thing("/dev/no-such".into(), Kind::Device, mode(Path::new("/dev/null")));
+    assert!(told(&device).contains("the open device /dev/no-such"), "{}", told(&device));
+    // What is a directory here is one there.
+    let odd = thing("/etc/passwd".into(), Kind::MountPoint, mode(Path::new("/etc")));
+    assert!(told(&odd).contains("not a directory"), "{}", told(&odd));
+}

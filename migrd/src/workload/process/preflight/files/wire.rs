@@ -43,6 +43,10 @@ fn message(file: &UsedFile) -> proto::UsedFile {
         Kind::Mapped => UsedFileKind::Mapped,
         Kind::Open => UsedFileKind::Open,
         Kind::Directory => UsedFileKind::Directory,
+        Kind::Device => UsedFileKind::Device,
+        Kind::NamedPipe => UsedFileKind::NamedPipe,
+        Kind::Socket => UsedFileKind::Socket,
+        Kind::MountPoint => UsedFileKind::MountPoint,
     };
     let access = match access {
         Access::Read => UsedFileAccess::Read,
@@ -84,6 +88,10 @@ fn file(file: proto::UsedFile) -> Result<UsedFile, BadFiles> {
         UsedFileKind::Mapped => Kind::Mapped,
         UsedFileKind::Open => Kind::Open,
         UsedFileKind::Directory => Kind::Directory,
+        UsedFileKind::Device => Kind::Device,
+        UsedFileKind::NamedPipe => Kind::NamedPipe,
+        UsedFileKind::Socket => Kind::Socket,
+        UsedFileKind::MountPoint => Kind::MountPoint,
         UsedFileKind::Unspecified => return Err(bad("the kind")),
     };
     let access = match access {

@@ -1,5 +1,6 @@
 """Sends checksummed messages over one connection, many at a time, and verifies the
-answers, until its standard input ends."""
+answers, until its standard input ends. Says the number of each answer and how many ms
+it came after the one before."""
 
 import hashlib
 import os
@@ -60,6 +61,7 @@ def receive():
     told = hashlib.sha256()
     server = None
     number = 0
+    last = time.monotonic()
     while (header := exactly(52)) is not None:
         answered, length = struct.unpack(">QI", header[:12])
         server = server or header[12:20]
@@ -73,7 +75,9 @@ def receive():
             wrong(f"answer {number} is damaged")
         number += 1
         window.release()
-        say(f"ok {number}")
+        now = time.monotonic()
+        say(f"ok {number} {(now - last) * 1000:.1f}")
+        last = now
     return number
 
 

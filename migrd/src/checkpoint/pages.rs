@@ -1,0 +1,236 @@
+//! Snapshots in the chunks and states that also go over the wire: those of VMs, and of
+//! process trees before they had a layout of their own.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `manifest.json` | version, name, kind, streams, configuration; with a CRC-32 |
+//! | `state.bin` | what `Workload::save` gave |
+//! | `chunks.bin` | batches, framed as on a lane (`docs/protocol.md`) |
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::chunks::Chunks;
+use super::{
+    CHUNKS, CheckpointError, How, MANIFEST, STATE, Written, blocking, carry, damaged, io_error,
+    open_plain, read_small, seal, sync_names, unfit,
+};
+use crate::migration::destination::{Host, identity};
+use crate::registry::{FrozenWork, Registry, RegistryError, Saving, Status};
+use crate::units::WorkloadId;
+use crate::wire::file::{FileError, FileLane};
+use crate::workload::{ChunkSink, Kind, Manifest, StreamKey, StreamSpec, Workload, WorkloadError};
+
+/// Version of the layout.
+const VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct OnDisk {
+    version: u32,
+    name: String,
+    kind: Kind,
+    memory_bytes: u64,
+    cpus: u32,
+    streams: Vec<OnDiskStream>,
+    config: Vec<u8>,
+    state_bytes: u64,
+    state_crc32: u32,
+    batches: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct OnDiskStream {
+    key: u32,
+    name: String,
+    length: u64,
+}
+
+/// Reads what is beside the manifest.
+pub(super) fn open(
+    directory: &Path,
+    manifest: serde_json::Value,
+) -> Result<(OnDisk, Vec<u8>), CheckpointError> {
+    let on_disk: OnDisk = serde_json::from_value(manifest).map_err(|e| damaged(directory, e))?;
+    let state = read_small(&directory.join(STATE))?;
+    if state.len() as u64 != on_disk.state_bytes || crc32fast::hash(&state) != on_disk.state_crc32 {
+        return Err(damaged(directory, "its state.bin is damaged"));
+    }
+    Ok((on_disk, state))
+}
+
+/// Writes a snapshot into `directory`, which is empty: what was written, and why the
+/// workload does not go on if it does not.
+///
+/// # Errors
+/// When the snapshot was not written; the caller removes what of it is there.
+pub(super) async fn write(
+    registry: &Registry,
+    status: Status,
+    directory: &Path,
+    how: How,
+) -> Result<(Written, Option<RegistryError>), CheckpointError> {
+    let name = status.identity.name.clone();
+    let place = directory.to_owned();
+    let (report, reported) = tokio::sync::oneshot::channel();
+    let work: FrozenWork = Box::new(move |workload: &mut dyn Workload| {
+        Box::pin(async move {
+            let written = write_frozen(&status, workload, &place).await;
+            let failed = written.is_err();
+            let _ = report.send(written);
+            if failed { Err(WorkloadError::new("the snapshot was not written")) } else { Ok(()) }
+        })
+    });
+    let saving = Saving { carry: carry(how.process), files: None, ends: how.ends };
+    let frozen = registry.checkpoint(&name, saving, work).await;
+    match (reported.await, frozen) {
+        (Ok(Ok((bytes, pages))), Ok(paused)) => Ok((Written { bytes, pages, paused }, None)),
+        (Ok(Ok((bytes, pages))), Err(error)) => {
+            Ok((Written { bytes, pages, paused: Duration::ZERO }, Some(error)))
+        }
+        (Ok(Err(error)), _) => Err(error),
+        (Err(_), Err(error)) => Err(error.into()),
+        (Err(_), Ok(_)) => Err(RegistryError::ShuttingDown.into()),
+    }
+}
+
+async fn write_frozen(
+    status: &Status,
+    workload: &mut dyn Workload,
+    directory: &Path,
+) -> Result<(u64, u64), CheckpointError> {
+    let (streams, chunks) = (workload.streams(), workload.chunks());
+    let mut out = Chunks::create(directory.join(CHUNKS), chunks).await?;
+    let mut pages = 0;
+    while let Some(part) = workload.rest().await? {
+        pages += part.count();
+        out = out.write(part).await?;
+    }
+    let state = workload.save().await?;
+    let (place, status) = (directory.to_owned(), status.clone());
+    blocking(move || {
+        let (batches, chunk_bytes) = out.finish()?;
+        write_whole(&place.join(STATE), &state)?;
+        let identity = &status.identity;
+        let on_disk = OnDisk {
+            version: VERSION,
+            name: identity.name.clone(),
+            kind: identity.kind,
+            memory_bytes: identity.memory_bytes,
+            cpus: identity.cpus,
+            streams: streams.iter().map(to_disk).collect(),
+            config: identity.config.clone(),
+            state_bytes: state.len() as u64,
+            state_crc32: crc32fast::hash(&state),
+            batches,
+        };
+        let manifest = seal(&on_disk).map_err(|e| damaged(&place, e))?;
+        write_whole(&place.join(MANIFEST), &manifest)?;
+        sync_names(&place)?;
+        let bytes = chunk_bytes + (state.len() + manifest.len()) as u64;
+        Ok((bytes, pages))
+    })
+    .await
+}
+
+fn to_disk(spec: &StreamSpec) -> OnDiskStream {
+    let StreamSpec { key, name, length, used: _ } = spec;
+    OnDiskStream { key: key.0, name: name.clone(), length: *length }
+}
+
+/// Writes a file that is there whole or not at all.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+    let part = path.with_extension("part");
+    let write = || {
+        let mut file = File::create(&part)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&part, path)
+    };
+    write().map_err(|e| {
+        let _ = fs::remove_file(&part);
+        io_error("write", path)(e)
+    })
+}
+
+/// Starts a new workload from the snapshot in `directory`, whose manifest was read.
+///
+/// # Errors
+/// When the snapshot is damaged, or this host can't have it; nothing is left.
+pub(super) async fn restore(
+    registry: &Registry,
+    directory: &Path,
+    name: Option<String>,
+    on_disk: OnDisk,
+    state: Vec<u8>,
+) -> Result<Status, CheckpointError> {
+    let batches = on_disk.batches;
+    let manifest = manifest(on_disk, name);
+    let engine = registry.engine(manifest.kind).ok_or(RegistryError::NoEngine(manifest.kind))?;
+    if let Some(error) = unfit(engine.check(&manifest).await) {
+        return Err(error);
+    }
+    let claim = registry.claim_new(&manifest)?;
+    let mut arriving = engine.prepare(&manifest).await?;
+    let loaded = async {
+        let sink = arriving.chunks();
+        let (path, streams) = (directory.join(CHUNKS), manifest.streams.clone());
+        let read = tokio::task::spawn_blocking(move || load(&path, &streams, sink, batches)).await;
+        read.unwrap_or_else(|e| Err(damaged(directory, format!("reading it failed: {e}"))))?;
+        arriving.load(&state).await?;
+        arriving.start(true).await?;
+        Ok::<(), CheckpointError>(())
+    };
+    let status = match loaded.await {
+        Ok(()) => registry.create(identity(&manifest), arriving.arrived()).await,
+        Err(error) => {
+            arriving.discard().await;
+            return Err(error);
+        }
+    };
+    drop(claim);
+    Ok(status?)
+}
+
+fn manifest(on_disk: OnDisk, name: Option<String>) -> Manifest {
+    let from_disk = |s: OnDiskStream| StreamSpec {
+        key: StreamKey(s.key),
+        name: s.name,
+        length: s.length,
+        used: 0,
+    };
+    Manifest {
+        workload: WorkloadId::random(),
+        name: name.unwrap_or(on_disk.name),
+        kind: on_disk.kind,
+        streams: on_disk.streams.into_iter().map(from_disk).collect(),
+        config: on_disk.config,
+        memory_bytes: on_disk.memory_bytes,
+        cpus: on_disk.cpus,
+        paused: false,
+        created_unix_ms: crate::units::unix_ms(),
+        needs: Vec::new(),
+    }
+}
+
+fn load(
+    path: &Path,
+    streams: &[StreamSpec],
+    sink: Arc<dyn ChunkSink>,
+    batches: u64,
+) -> Result<(), CheckpointError> {
+    let directory = path.parent().unwrap_or(path);
+    let file = open_plain(path)?;
+    let applied = FileLane::new(streams, sink).read(file).map_err(|e| match e {
+        FileError::Io(e) => io_error("read", path)(e),
+        FileError::Batch(e) => damaged(directory, e),
+    })?;
+    if applied != batches {
+        return Err(damaged(directory, format!("{applied} of {batches} batches are there")));
+    }
+    Ok(())
+}
