@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::daemon::{Daemon, write_pulse};
 use crate::leaks;
 use crate::migctl::Ran;
+use crate::wait;
 
 /// Two daemons and the guest they run. Everything of them goes when it is
 /// dropped.
@@ -23,6 +24,25 @@ pub struct HostPair {
 }
 
 impl HostPair {
+    /// Waits until exactly one host has the workload, running; whether that is `a`.
+    ///
+    /// # Errors
+    /// When both run it, or nobody does.
+    pub fn runs_at_a(&self, name: &str) -> Result<bool> {
+        let mut seen = String::new();
+        let at_a = wait::until("one host to run it", || {
+            let states = (self.a.state_of(name)?, self.b.state_of(name)?);
+            seen = format!("{states:?}");
+            Ok(match (states.0.as_deref(), states.1.as_deref()) {
+                (Some("running"), Some("running")) => bail!("both hosts run it"),
+                (Some("running"), None) => Some(true),
+                (None, Some("running")) => Some(false),
+                _ => None,
+            })
+        });
+        at_a.with_context(|| format!("states of it: {seen}"))
+    }
+
     /// Two daemons that serve.
     ///
     /// # Errors

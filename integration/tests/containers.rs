@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use integration::daemon::Daemon;
 use integration::host_pair::HostPair;
 use integration::leaks;
@@ -337,18 +337,7 @@ fn crash(point: &str, at_source: Option<bool>) -> Result<()> {
     halted.kill()?;
     halted.restart()?;
     drop(moving);
-    let mut seen = String::new();
-    let found = wait::until("one host to run it", || {
-        let states = (pair.a.state_of(NAME)?, pair.b.state_of(NAME)?);
-        seen = format!("{states:?}");
-        Ok(match (states.0.as_deref(), states.1.as_deref()) {
-            (Some("running"), Some("running")) => bail!("both hosts run it"),
-            (Some("running"), None) => Some(true),
-            (None, Some("running")) => Some(false),
-            _ => None,
-        })
-    });
-    let found = found.with_context(|| format!("states of it: {seen}"))?;
+    let found = pair.runs_at_a(NAME)?;
     ensure!(at_source.is_none_or(|wanted| wanted == found), "at the source: {found}");
     let (here, elsewhere) = if found { (&pair.a, &pair.b) } else { (&pair.b, &pair.a) };
     counter().counts(here, 5)?;

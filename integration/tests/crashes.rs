@@ -2,11 +2,10 @@
 //! host runs the guest, its heartbeats go on where they were, and nothing is
 //! left anywhere.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use integration::host_pair::HostPair;
 use integration::leaks;
 use integration::scenario::{Pulse, expect_alive};
-use integration::wait;
 
 /// Which daemons are killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,18 +70,7 @@ fn crash(point: &str, killed: Killed, home: Home) -> Result<()> {
 
 /// Waits until exactly one host has it, running, and checks its heartbeats.
 fn settled(pair: &HostPair, name: &str, home: Home) -> Result<()> {
-    let mut seen = String::new();
-    let at_source = wait::until("one host to run it", || {
-        let states = (pair.a.state_of(name)?, pair.b.state_of(name)?);
-        seen = format!("{states:?}");
-        Ok(match (states.0.as_deref(), states.1.as_deref()) {
-            (Some("running"), Some("running")) => bail!("both hosts run it"),
-            (Some("running"), None) => Some(true),
-            (None, Some("running")) => Some(false),
-            _ => None,
-        })
-    });
-    let at_source = at_source.with_context(|| format!("states of it: {seen}"))?;
+    let at_source = pair.runs_at_a(name)?;
     let (here, elsewhere) = if at_source { (&pair.a, &pair.b) } else { (&pair.b, &pair.a) };
     let at = if at_source { Home::Source } else { Home::Destination };
     ensure!(home == Home::Either || home == at, "it is at the {at:?}, not at the {home:?}");

@@ -113,12 +113,7 @@ fn a_tree_that_is_stopped_by_its_checkpoint_goes_on_where_it_was() -> Result<()>
 fn typed_input_is_part_of_a_snapshot() -> Result<()> {
     let pair = process::hosts()?;
     let gate = pair.directory().join("gate");
-    let program = format!(
-        "import os, sys, time\nprint('ready', flush=True)\n\
-         while not os.path.exists('{}'): time.sleep(0.02)\n\
-         for line in sys.stdin: print('read', line.strip(), flush=True)",
-        gate.display()
-    );
+    let program = process::gated_reader(&gate);
     python(&pair.a, "reader", &program)?;
     type_line(&pair.a, "reader", "one")?;
     let directory = pair.directory().join("snapshot");

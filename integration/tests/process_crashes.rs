@@ -4,7 +4,7 @@
 
 use std::fs;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use integration::faulty_link::{Fault, FaultyLink};
 use integration::host_pair::HostPair;
 use integration::leaks;
@@ -85,18 +85,7 @@ fn crash(point: &str, killed: Killed, home: Home) -> Result<()> {
 /// Waits until exactly one host has it, running, and checks that it counts on.
 fn settled(pair: &HostPair, counter: Counter, home: Home) -> Result<()> {
     let name = counter.name;
-    let mut seen = String::new();
-    let at_source = wait::until("one host to run it", || {
-        let states = (pair.a.state_of(name)?, pair.b.state_of(name)?);
-        seen = format!("{states:?}");
-        Ok(match (states.0.as_deref(), states.1.as_deref()) {
-            (Some("running"), Some("running")) => bail!("both hosts run it"),
-            (Some("running"), None) => Some(true),
-            (None, Some("running")) => Some(false),
-            _ => None,
-        })
-    });
-    let at_source = at_source.with_context(|| format!("states of it: {seen}"))?;
+    let at_source = pair.runs_at_a(name)?;
     let (here, elsewhere) = if at_source { (&pair.a, &pair.b) } else { (&pair.b, &pair.a) };
     let at = if at_source { Home::Source } else { Home::Destination };
     ensure!(home == Home::Either || home == at, "it is at the {at:?}, not at the {home:?}");

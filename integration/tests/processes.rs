@@ -236,12 +236,7 @@ fn how_it_ended_is_told_where_it_ended() -> Result<()> {
 fn input_that_was_not_read_before_a_move_is_read_after_it() -> Result<()> {
     let pair = process::hosts()?;
     let gate = pair.directory().join("gate");
-    let program = format!(
-        "import os, sys, time\nprint('ready', flush=True)\n\
-         while not os.path.exists('{}'): time.sleep(0.02)\n\
-         for line in sys.stdin: print('read', line.strip(), flush=True)",
-        gate.display()
-    );
+    let program = process::gated_reader(&gate);
     python(&pair.a, "reader", &program)?;
     type_line(&pair.a, "reader", "one")?;
     type_line(&pair.a, "reader", "two")?;

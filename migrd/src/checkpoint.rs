@@ -13,8 +13,9 @@ use std::time::Duration;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize};
 
+use crate::migration::destination::identity;
 use crate::registry::{Registry, Status};
-use crate::workload::{Carry, ProcessOptions, WorkloadError};
+use crate::workload::{Arriving, Carry, Manifest, ProcessOptions, WorkloadError};
 
 mod chunks;
 mod directory;
@@ -240,6 +241,29 @@ pub async fn restore(
             pages::restore(registry, directory, name, *on_disk, state).await
         }
         Layout::Tree(on_disk) => tree::restore(registry, directory, name, *on_disk).await,
+    }
+}
+
+/// Makes a workload that stands still of what is prepared, when `filled` has given it
+/// its streams and says its state.
+async fn arrive(
+    registry: &Registry,
+    manifest: &Manifest,
+    mut arriving: Box<dyn Arriving>,
+    filled: impl Future<Output = Result<Vec<u8>, CheckpointError>>,
+) -> Result<Status, CheckpointError> {
+    let loaded = async {
+        let state = filled.await?;
+        arriving.load(&state).await?;
+        arriving.start(true).await?;
+        Ok::<(), CheckpointError>(())
+    };
+    match loaded.await {
+        Ok(()) => Ok(registry.create(identity(manifest), arriving.arrived()).await?),
+        Err(error) => {
+            arriving.discard().await;
+            Err(error)
+        }
     }
 }
 

@@ -10,6 +10,8 @@ pub mod show;
 pub mod snapshot;
 pub mod soak;
 
+use std::path::Path;
+
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
@@ -21,6 +23,17 @@ use crate::wait;
 /// Where Python is on every host that has its package.
 pub const PYTHON: &str = "/usr/bin/python3";
 const COUNTER: &str = include_str!("counter.py");
+
+/// A program that prints the lines of its input once there is a file `gate`.
+#[must_use]
+pub fn gated_reader(gate: &Path) -> String {
+    format!(
+        "import os, sys, time\nprint('ready', flush=True)\n\
+         while not os.path.exists('{}'): time.sleep(0.02)\n\
+         for line in sys.stdin: print('read', line.strip(), flush=True)",
+        gate.display()
+    )
+}
 
 /// Two daemons that serve and can move process trees.
 ///

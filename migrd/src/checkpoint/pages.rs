@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 
 use super::chunks::Chunks;
 use super::{
-    CHUNKS, CheckpointError, How, MANIFEST, STATE, Written, blocking, carry, damaged, io_error,
-    open_plain, read_small, seal, sync_names, unfit,
+    CHUNKS, CheckpointError, How, MANIFEST, STATE, Written, arrive, blocking, carry, damaged,
+    io_error, open_plain, read_small, seal, sync_names, unfit,
 };
-use crate::migration::destination::{Host, identity};
+use crate::migration::destination::Host;
 use crate::registry::{FrozenWork, Registry, RegistryError, Saving, Status};
 use crate::units::WorkloadId;
 use crate::wire::file::{FileError, FileLane};
@@ -175,25 +175,17 @@ pub(super) async fn restore(
         return Err(error);
     }
     let claim = registry.claim_new(&manifest)?;
-    let mut arriving = engine.prepare(&manifest).await?;
-    let loaded = async {
-        let sink = arriving.chunks();
-        let (path, streams) = (directory.join(CHUNKS), manifest.streams.clone());
+    let arriving = engine.prepare(&manifest).await?;
+    let sink = arriving.chunks();
+    let (path, streams) = (directory.join(CHUNKS), manifest.streams.clone());
+    let filled = async {
         let read = tokio::task::spawn_blocking(move || load(&path, &streams, sink, batches)).await;
         read.unwrap_or_else(|e| Err(damaged(directory, format!("reading it failed: {e}"))))?;
-        arriving.load(&state).await?;
-        arriving.start(true).await?;
-        Ok::<(), CheckpointError>(())
+        Ok(state)
     };
-    let status = match loaded.await {
-        Ok(()) => registry.create(identity(&manifest), arriving.arrived()).await,
-        Err(error) => {
-            arriving.discard().await;
-            return Err(error);
-        }
-    };
+    let status = arrive(registry, &manifest, arriving, filled).await;
     drop(claim);
-    Ok(status?)
+    status
 }
 
 fn manifest(on_disk: OnDisk, name: Option<String>) -> Manifest {

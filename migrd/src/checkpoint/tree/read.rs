@@ -11,10 +11,10 @@ use migr_proto::v1::{self as proto, process_image};
 use prost::Message;
 
 use super::super::directory::Place;
-use super::super::{CHUNKS, CheckpointError, MAX_SMALL, STATE, blocking, damaged, unfit};
+use super::super::{CHUNKS, CheckpointError, MAX_SMALL, STATE, arrive, blocking, damaged, unfit};
 use super::{IMAGES, NEEDS, OnDisk, OnDiskFile, VERSION, read_through};
 use crate::host_memory::HostMemory;
-use crate::migration::destination::{Host, identity};
+use crate::migration::destination::Host;
 use crate::registry::{Registry, RegistryError, Status};
 use crate::units::{PAGE_SIZE, WorkloadId};
 use crate::wire::file::{FileError, FileLane};
@@ -57,23 +57,12 @@ pub(in super::super) async fn restore(
         return Err(error);
     }
     let claim = registry.claim_new(&manifest)?;
-    let mut arriving = engine.prepare(&manifest).await?;
-    let loaded = async {
-        let sink = arriving.chunks();
-        let state = blocking(move || fill(&found, &on_disk, &streams, sink)).await?;
-        arriving.load(&state).await?;
-        arriving.start(true).await?;
-        Ok::<(), CheckpointError>(())
-    };
-    let status = match loaded.await {
-        Ok(()) => registry.create(identity(&manifest), arriving.arrived()).await,
-        Err(error) => {
-            arriving.discard().await;
-            return Err(error);
-        }
-    };
+    let arriving = engine.prepare(&manifest).await?;
+    let sink = arriving.chunks();
+    let filled = blocking(move || fill(&found, &on_disk, &streams, sink));
+    let status = arrive(registry, &manifest, arriving, filled).await;
     drop(claim);
-    Ok(status?)
+    status
 }
 
 pub(super) fn check(directory: &Path, on_disk: &OnDisk) -> Result<Found, CheckpointError> {
