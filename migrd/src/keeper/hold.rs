@@ -26,6 +26,7 @@ use super::connections;
 use super::criu::rpc::{CgroupMode, InheritFd, NetworkLock, Options, Request, Response};
 use super::criu::session::inherited;
 use super::criu::{CriuError, Event, Failure, Launch, Log, Session};
+use super::lazy_pages::LazyPages;
 use super::{mounts, timers};
 use crate::sys::tmpfs;
 
@@ -65,8 +66,12 @@ pub enum News {
     RestoreFailed(Failure),
     /// The memory that has changed is written, or is not, and the tree runs.
     AheadOver(Result<(), Failure>),
+    /// It is to run now, and its memory follows: [`News::Filled`] says when it is there.
+    Filling,
     /// It runs, or is gone, as the word was.
     RestoreOver(Result<(), Failure>),
+    /// All its memory is there; or will never be, and it was killed.
+    Filled(Result<(), Failure>),
 }
 
 /// The word that a thread waits for.
@@ -358,6 +363,17 @@ pub struct Place {
     pub paused: Arc<AtomicBool>,
     /// How long CRIU may take to make it.
     pub limit: Option<Duration>,
+    /// What memory can follow it does: see [`super::lazy_pages`].
+    pub lazy: bool,
+}
+
+impl Place {
+    /// Starts what brings memory that follows, if it is to. Without it everything is
+    /// put in place before.
+    pub(super) fn lazy_pages(&self, work: &Work) -> Option<LazyPages> {
+        let started = self.lazy.then(|| LazyPages::start(work))?;
+        started.inspect_err(|e| eprintln!("`criu lazy-pages` can't be started: {e}")).ok()
+    }
 }
 
 /// Has CRIU make a tree from images, and holds it.
@@ -373,28 +389,60 @@ pub fn restore(work: Work, place: Place, tell: impl Fn(News) + Send + 'static) -
 }
 
 fn restore_held(work: &Work, place: &Place, heard: &Receiver<bool>, tell: &impl Fn(News)) {
+    let lazy_pages = place.lazy_pages(work);
+    conclude(work, lazy_pages, tell, |lazy, told| {
+        restore_to_the_word(work, place, lazy, |init| {
+            told(init);
+            heard.recv().unwrap_or(false)
+        })
+    });
+}
+
+/// Has a tree made, and tells what came of it and of its memory. `make` gets whether
+/// memory follows, tells when the tree is complete, and says whether it was let go.
+pub(super) fn conclude(
+    work: &Work,
+    lazy_pages: Option<LazyPages>,
+    tell: &impl Fn(News),
+    make: impl FnOnce(bool, &mut dyn FnMut(u32)) -> Result<bool, Failure>,
+) {
     let mut complete = false;
-    let result = restore_to_the_word(work, place, |init| {
+    let result = make(lazy_pages.is_some(), &mut |init| {
         complete = true;
         tell(News::Restored(init));
-        heard.recv().unwrap_or(false)
     });
     match result {
         Err(failure) if !complete => tell(News::RestoreFailed(failure)),
-        other => tell(News::RestoreOver(other)),
+        Err(failure) => tell(News::RestoreOver(Err(failure))),
+        Ok(runs) => {
+            let follows = lazy_pages.filter(|_| runs);
+            if follows.is_some() {
+                tell(News::Filling);
+            }
+            tell(News::RestoreOver(Ok(())));
+            if let Some(lazy_pages) = follows {
+                tell(News::Filled(lazy_pages.finish(|| {
+                    if let Err(error) = Cgroup::at(&work.cgroup).kill() {
+                        eprintln!("processes that lack memory stay behind: {error}");
+                    }
+                })));
+            }
+        }
     }
 }
 
 fn restore_to_the_word(
     work: &Work,
     place: &Place,
+    lazy: bool,
     mut word: impl FnMut(u32) -> bool,
-) -> Result<(), Failure> {
+) -> Result<bool, Failure> {
     let system = |error: io::Error| system_failure(&error);
     let cgroup = Cgroup::at(&work.cgroup);
     let mut options = work.options(RESTORE_LOG);
     options.rst_sibling = Some(true);
     options.auto_dedup = Some(true);
+    options.lazy_pages = lazy.then_some(true);
     options.root = Some(place.root.display().to_string());
     let named = work.mounts.iter().enumerate();
     options.external =
@@ -450,9 +498,11 @@ fn restore_to_the_word(
         return Err(system(error));
     }
     match done {
-        Ok(()) if !place.paused.load(Ordering::SeqCst) => cgroup.set_frozen(false).map_err(system),
-        Ok(()) => Ok(()),
-        Err(Ended::Refused) if !wanted => Ok(()),
+        Ok(()) if !place.paused.load(Ordering::SeqCst) => {
+            cgroup.set_frozen(false).map(|()| true).map_err(system)
+        }
+        Ok(()) => Ok(true),
+        Err(Ended::Refused) if !wanted => Ok(false),
         Err(ended) => Err(work.failure(RESTORE_LOG, ended)),
     }
 }

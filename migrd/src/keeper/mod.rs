@@ -24,6 +24,7 @@ pub mod criu;
 pub mod entry;
 pub mod hold;
 pub mod init;
+pub mod lazy_pages;
 pub mod mounts;
 pub mod reaper;
 pub mod stdio;

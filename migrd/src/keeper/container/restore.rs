@@ -21,7 +21,8 @@ use crate::keeper::cgroup::{self, Cgroup};
 use crate::keeper::criu::rpc::Options;
 use crate::keeper::criu::{CriuError, Failure};
 use crate::keeper::hold::{
-    Ended, Hold, News, Place, RELEASE_LIMIT, RESTORE_LOG, RESTORED, RESUMING, Work, system_failure,
+    Ended, Hold, News, Place, RELEASE_LIMIT, RESTORE_LOG, RESTORED, RESUMING, Work, conclude,
+    system_failure,
 };
 use crate::keeper::timers;
 
@@ -40,18 +41,16 @@ pub fn restore(
 ) -> io::Result<Hold> {
     let (word, heard) = channel();
     std::thread::Builder::new().name("restore".into()).spawn(move || {
-        let mut complete = false;
         let restore = Restore { container: &container, work: &work, place: &place };
-        let result = restore.to_the_word(|init| {
-            complete = true;
-            tell(News::Restored(init));
-            heard.recv().unwrap_or(false)
+        let lazy_pages = place.lazy_pages(&work);
+        conclude(&work, lazy_pages, &tell, |lazy, told| {
+            let result = restore.to_the_word(lazy, |init| {
+                told(init);
+                heard.recv().unwrap_or(false)
+            });
+            container.unmount_root();
+            result
         });
-        container.unmount_root();
-        match result {
-            Err(failure) if !complete => tell(News::RestoreFailed(failure)),
-            other => tell(News::RestoreOver(other)),
-        }
     })?;
     Ok(Hold::new(word))
 }
@@ -63,7 +62,7 @@ struct Restore<'a> {
 }
 
 impl Restore<'_> {
-    fn to_the_word(&self, mut word: impl FnMut(u32) -> bool) -> Result<(), Failure> {
+    fn to_the_word(&self, lazy: bool, mut word: impl FnMut(u32) -> bool) -> Result<bool, Failure> {
         let system = |error: io::Error| system_failure(&error);
         let cgroup = Cgroup::at(&self.work.cgroup);
         let listener = self.prepare(&cgroup).map_err(system)?;
@@ -79,7 +78,11 @@ impl Restore<'_> {
             let ended = runc.end(END).map_err(system)?;
             return Err(system_failure(&self.container.what_runc_said(ended)));
         };
-        let options = Options { auto_dedup: Some(true), ..self.work.options(RESTORE_LOG) };
+        let options = Options {
+            auto_dedup: Some(true),
+            lazy_pages: lazy.then_some(true),
+            ..self.work.options(RESTORE_LOG)
+        };
         relay.request(options).map_err(system)?;
         let mut wanted = false;
         let deadline = Cell::new(self.place.limit.map(|limit| Instant::now() + limit));
@@ -112,9 +115,9 @@ impl Restore<'_> {
             Ok(()) if !ended.success() => {
                 Err(system_failure(&self.container.what_runc_said(ended)))
             }
-            Ok(()) if self.place.paused.load(Ordering::SeqCst) => Ok(()),
-            Ok(()) => cgroup.set_frozen(false).map_err(system),
-            Err(Ended::Refused) if !wanted => Ok(()),
+            Ok(()) if self.place.paused.load(Ordering::SeqCst) => Ok(true),
+            Ok(()) => cgroup.set_frozen(false).map(|()| true).map_err(system),
+            Err(Ended::Refused) if !wanted => Ok(false),
             // Which of the two it was is in its words.
             Err(Ended::Broken(CriuError::Socket(error))) => Err(system(error)),
             Err(ended) => Err(self.work.failure(RESTORE_LOG, ended)),

@@ -1,4 +1,4 @@
-//! Memory of a tree is written while it runs.
+//! Memory of a tree is written while it runs, or comes to it while it runs.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,6 +13,8 @@ use crate::keeper::ahead;
 #[derive(Debug, Default)]
 pub(super) struct Ahead {
     writing: bool,
+    /// Not all of its memory is there yet.
+    filling: bool,
     /// Who waits for that.
     waits: Option<u64>,
     /// What was asked meanwhile and has to wait, with its descriptor.
@@ -27,15 +29,24 @@ impl Ahead {
         request: proto::KeeperRequest,
         directory: Option<OwnedFd>,
     ) -> Option<(proto::KeeperRequest, Option<OwnedFd>)> {
-        let stops = matches!(
-            &request.request,
-            Some(Request::Dump(_) | Request::Pause(_) | Request::Ahead(_))
-        );
-        if !(stops && self.writing) {
+        let waits = match &request.request {
+            Some(Request::Pause(_)) => self.writing,
+            // What is not there yet can't be written.
+            Some(Request::Dump(_) | Request::Ahead(_) | Request::Settle(_)) => {
+                self.writing || self.filling
+            }
+            _ => false,
+        };
+        if !waits {
             return Some((request, directory));
         }
         self.later.push((request, directory));
         None
+    }
+
+    /// From now on its memory comes to it.
+    pub(super) fn fill(&mut self) {
+        self.filling = true;
     }
 
     /// Another daemon has come: the one before waits for nothing any more.
@@ -57,7 +68,7 @@ impl Control {
         let work = self.writing(images, options, parent)?;
         let teller = self.teller.clone();
         ahead::write(work, self.init, move |news| teller.tell(Told::Work(news)))?;
-        self.ahead = Ahead { writing: true, waits: Some(id), later: Vec::new() };
+        self.ahead = Ahead { writing: true, waits: Some(id), ..Ahead::default() };
         Ok(())
     }
 
@@ -66,6 +77,20 @@ impl Control {
         if let Some(id) = waits {
             self.reply(id, result.map_err(|failure| failure.to_string()));
         }
+        self.serve_later(later);
+    }
+
+    /// All memory is there, or the tree has been killed.
+    pub(super) fn filled(&mut self, result: Result<(), Failure>) {
+        if let Err(failure) = result {
+            eprintln!("{failure}");
+            self.memory_lost = true;
+        }
+        let Ahead { later, .. } = std::mem::take(&mut self.ahead);
+        self.serve_later(later);
+    }
+
+    fn serve_later(&mut self, later: Vec<(proto::KeeperRequest, Option<OwnedFd>)>) {
         for (request, directory) in later {
             // The first of them may begin the next; none of them ends the keeper.
             if let Some((request, directory)) = self.ahead.put_off(request, directory) {

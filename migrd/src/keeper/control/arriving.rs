@@ -43,6 +43,7 @@ impl Control {
             stdio: state.stdio,
             paused: Arc::clone(&self.paused_at_restore),
             limit: (restore.limit_ms > 0).then(|| Duration::from_millis(restore.limit_ms.into())),
+            lazy: restore.lazy,
         };
         let teller = self.teller.clone();
         let tell = move |news| teller.tell(Told::Work(news));

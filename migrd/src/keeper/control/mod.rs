@@ -65,6 +65,8 @@ pub struct Control {
     init: u32,
     /// The same, whoever has its number later.
     init_process: Option<PidFd>,
+    /// What brought its memory has failed, so the tree was killed.
+    memory_lost: bool,
     /// A tree that is restored is to stand still at its first word.
     paused_at_restore: Arc<AtomicBool>,
     told: Receiver<Told>,
@@ -105,6 +107,7 @@ impl Control {
             ahead: Ahead::default(),
             init: 0,
             init_process: None,
+            memory_lost: false,
             paused_at_restore: Arc::default(),
             told,
             teller,
@@ -149,7 +152,8 @@ impl Control {
     }
 
     fn status(&self) -> proto::KeeperStatus {
-        self.phase.status(self.init)
+        let memory_lost = self.memory_lost;
+        proto::KeeperStatus { memory_lost, ..self.phase.status(self.init) }
     }
 
     fn expect(&self, right: bool, what: &str) -> io::Result<()> {
@@ -314,7 +318,9 @@ impl Control {
             Told::Work(News::AheadOver(result)) => self.ahead_over(result),
             Told::Work(News::Restored(init)) => self.restored(init),
             Told::Work(News::RestoreFailed(failure)) => self.restore_failed(&failure),
+            Told::Work(News::Filling) => self.ahead.fill(),
             Told::Work(News::RestoreOver(result)) => self.restore_over(result),
+            Told::Work(News::Filled(result)) => self.filled(result),
         }
     }
 
@@ -392,6 +398,7 @@ impl Control {
             Request::Pause(proto::KeeperPause {}) => self.pause().map_err(said),
             Request::Resume(proto::KeeperResume {}) => self.resume().map_err(said),
             Request::Input(bytes) => self.type_in(&bytes).map_err(said),
+            Request::Settle(proto::KeeperSettle {}) => Ok(()),
             Request::Terminate(proto::KeeperTerminate {}) => self.terminate().map_err(said),
             Request::Dump(dump) => self.dump(&dump, directory).map_err(said),
             Request::Ahead(ahead) => match self.write_ahead(ahead, directory, id) {

@@ -62,6 +62,7 @@ impl Phase {
             pid: init,
             exit_code: ended.and_then(|status| status.code()),
             signal: ended.and_then(|status| status.signal()).unwrap_or(0),
+            memory_lost: false,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A process tree that is on its way to this host.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use migr_proto::v1::keeper_request::Request;
 use migr_proto::v1::{self as proto, KeeperPhase};
 use prost::Message;
 
-use super::images::Images;
+use super::images::{APPENDED, Images};
 use super::keeper::{Keeper, OUTPUT_LOG};
 use super::leaving::STATE_VERSION;
 use super::net::{self, Network};
@@ -36,6 +37,8 @@ pub(super) struct ArrivingTree {
     chunks: Arc<Landing>,
     /// Whether the kernel here tells what it writes to its memory.
     tracks: bool,
+    /// Whether memory can be put in place here when it runs.
+    lazy: bool,
     /// After a start: made then, since what comes after can't fail any more.
     tree: Option<Tree>,
 }
@@ -63,11 +66,30 @@ impl ChunkSink for Landing {
     }
 }
 
+/// So much memory of one process may follow it, and less not (bytes).
+const FOLLOWS_FROM: u64 = 64 << 20;
+
 /// How long CRIU may take to make a tree of such images, as long as the source waits:
 /// a slow host does 64 MiB a second.
 fn limit(images: &[proto::ProcessImage]) -> Duration {
     let bytes = images.iter().fold(0_u64, |all, image| all.saturating_add(image.length));
     Duration::from_secs((bytes >> 26).saturating_add(30))
+}
+
+/// Whether a tree of such images had better run before all its memory is in place.
+/// What CRIU starts for that takes about as long as to put 32 MiB in place. Processes
+/// that have memory in common, as after a fork(2), would each get their own: so only
+/// where nearly all of it is one process'.
+fn memory_follows(images: &[proto::ProcessImage]) -> bool {
+    let mut rounds: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
+    for image in images.iter().filter(|image| image.name.starts_with(APPENDED)) {
+        let (all, most) = rounds.entry(image.round).or_default();
+        *all = all.saturating_add(image.length);
+        *most = image.length.max(*most);
+    }
+    let sum = |add: fn(&(u64, u64)) -> u64| rounds.values().map(add).fold(0, u64::saturating_add);
+    let (most, others) = (sum(|(_, most)| *most), sum(|(all, most)| all - most));
+    most >= FOLLOWS_FROM && others <= most / 16
 }
 
 /// What an arriving tree is made of.
@@ -81,13 +103,15 @@ pub(super) struct Parts {
     pub(super) images: Vec<StreamSpec>,
     /// Whether the kernel here tells what it writes to its memory.
     pub(super) tracks: bool,
+    /// Whether memory can be put in place here when it runs.
+    pub(super) lazy: bool,
     /// Version of the CRIU of this host.
     pub(super) criu: String,
 }
 
 impl ArrivingTree {
     pub(super) fn new(parts: Parts) -> Result<Self, WorkloadError> {
-        let Parts { id, directory, cgroup, keeper, network, images, tracks, criu } = parts;
+        let Parts { id, directory, cgroup, keeper, network, images, tracks, lazy, criu } = parts;
         let mut options = std::fs::OpenOptions::new();
         let log = options.read(true).write(true).open(directory.join(OUTPUT_LOG));
         let log = LogStream::new(log.map_err(failed("open its log"))?, LOG_STREAM);
@@ -95,8 +119,19 @@ impl ArrivingTree {
         let length = images.first().map_or(0, |spec| spec.length);
         let chunks = Arc::new(Landing(TreeStreams::new(log, Images::new(count, length)?)));
         let streams = [vec![log_spec()], images].concat();
-        let tree = None;
-        Ok(Self { id, directory, cgroup, keeper, network, criu, streams, chunks, tracks, tree })
+        Ok(Self {
+            id,
+            directory,
+            cgroup,
+            keeper,
+            network,
+            criu,
+            streams,
+            chunks,
+            tracks,
+            lazy,
+            tree: None,
+        })
     }
 
     fn make(&mut self, paused: bool) -> Result<Tree, WorkloadError> {
@@ -133,11 +168,13 @@ impl Arriving for ArrivingTree {
         let arranged = tokio::task::spawn_blocking(move || chunks.0.images().arrange(&images));
         arranged.await.map_err(|e| WorkloadError::caused("arranging its images failed", e))??;
         let options = state.options;
-        let limit = limit(&state.images);
+        let proto::ProcessState { images, .. } = state;
+        let limit = limit(&images);
         let restore = proto::KeeperRestore {
             limit_ms: u32::try_from(limit.as_millis()).unwrap_or(u32::MAX),
             state: Some(proto::ProcessState { images: Vec::new(), ..state }),
             options,
+            lazy: self.lazy && memory_follows(&images),
         };
         let directory = self.chunks.0.images().directory()?;
         let restored = self.keeper.done_with(Request::Restore(restore), vec![directory]).await;
@@ -198,5 +235,34 @@ impl Arriving for ArrivingTree {
         }
         super::container::clear(&self.directory, &self.cgroup).await;
         remove(&self.directory);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(round: u32, name: &str, mib: u64) -> proto::ProcessImage {
+        let name = name.to_owned();
+        proto::ProcessImage { name, length: mib << 20, content: None, round }
+    }
+
+    #[test]
+    fn memory_follows_where_it_is_much_and_one_process_has_it() {
+        let table = [
+            (vec![image(0, "pages-1.img", 512)], true),
+            (vec![image(0, "pages-1.img", 32)], false),
+            (vec![image(0, "core-1.img", 512)], false),
+            (vec![image(0, "pages-1.img", 512), image(0, "pages-2.img", 8)], true),
+            (vec![image(0, "pages-1.img", 512), image(0, "pages-2.img", 500)], false),
+            (vec![image(1, "pages-1.img", 500), image(0, "pages-2.img", 12)], true),
+            (Vec::new(), false),
+        ];
+        for (images, follows) in table {
+            assert_eq!(memory_follows(&images), follows, "{images:?}");
+        }
+        let huge =
+            [image(0, "pages-1.img", u64::MAX >> 20), image(1, "pages-1.img", u64::MAX >> 20)];
+        assert!(memory_follows(&huge));
     }
 }

@@ -117,6 +117,11 @@ impl ProcessEngine {
         self.criu.as_ref().as_ref().is_ok_and(|criu| criu.features.mem_track)
     }
 
+    /// Whether kernel and CRIU can put memory in place when processes run already.
+    fn fills_later(&self) -> bool {
+        self.criu.as_ref().as_ref().is_ok_and(|criu| criu.features.lazy_pages)
+    }
+
     /// A keeper with no processes yet, in a network of its own if it is to have
     /// one, which is cut off.
     pub(super) async fn keep(
@@ -313,8 +318,8 @@ impl Engine for ProcessEngine {
         let (keeper, network, cgroup) = self.keep(id, &config).await?;
         let images = manifest.streams.iter().filter(|s| s.key != LOG_STREAM).cloned().collect();
         let directory = self.place(id);
-        let (tracks, criu) = (self.tracks(), self.criu_version());
-        let parts = Parts { id, directory, cgroup, keeper, network, images, tracks, criu };
+        let (tracks, lazy, criu) = (self.tracks(), self.fills_later(), self.criu_version());
+        let parts = Parts { id, directory, cgroup, keeper, network, images, tracks, lazy, criu };
         match ArrivingTree::new(parts) {
             Ok(arriving) => Ok(Box::new(arriving)),
             Err(error) => {
@@ -438,7 +443,8 @@ impl Recovers for ProcessEngine {
         }
         let (directory, cgroup) = (self.place(id), self.cgroup(id)?);
         let (images, tracks, criu) = (Vec::new(), self.tracks(), self.criu_version());
-        let parts = Parts { id, directory, cgroup, keeper, network, images, tracks, criu };
+        let lazy = self.fills_later();
+        let parts = Parts { id, directory, cgroup, keeper, network, images, tracks, lazy, criu };
         Ok(Some(Box::new(ArrivingTree::new(parts)?)))
     }
 

@@ -53,6 +53,11 @@ fn state_of(seen: &Seen, wish: Option<&str>) -> RunState {
 
 /// How an init ended.
 fn how(status: proto::KeeperStatus) -> String {
+    if status.memory_lost {
+        return "what put its memory in place after it had moved (`criu lazy-pages`) ended \
+            early, and it can't run without: the keeper's log says more"
+            .to_owned();
+    }
     match (status.exit_code, status.signal) {
         (Some(code), _) => format!("it exited with status {code}"),
         (None, 0) => "it ended".to_owned(),

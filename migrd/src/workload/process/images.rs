@@ -32,7 +32,7 @@ use crate::workload::{ChunkSink, ChunkSource, OutOfStream, StreamKey};
 /// What all image files of CRIU's are called.
 const SUFFIX: &str = ".img";
 /// How the names of those begin that are only ever appended to: memory.
-const APPENDED: &str = "pages-";
+pub(super) const APPENDED: &str = "pages-";
 /// A larger file is a stream of its own (bytes).
 pub const WHOLE_BYTES: u64 = 128 << 10;
 /// What the whole files of a tree may come to (bytes): they are one message.

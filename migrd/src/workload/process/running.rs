@@ -209,6 +209,9 @@ impl Workload for Tree {
     async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError> {
         let log = log_stream(&self.directory)?;
         let alive = self.alive()?;
+        // Memory may still come to it from an earlier move.
+        let settled = alive.keeper.done(Request::Settle(proto::KeeperSettle {})).await;
+        settled.map_err(told("wait for all its memory"))?;
         let stats = alive.keeper.stats().await.map_err(told("measure it"))?;
         let images = image_streams(stats.processes, stats.resident_bytes, alive.tracks);
         let count = u32::try_from(images.len()).unwrap_or(u32::MAX);

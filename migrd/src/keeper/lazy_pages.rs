@@ -1,0 +1,216 @@
+//! Memory that is put in place when its tree runs already, by `criu lazy-pages`.
+//!
+//! CRIU leaves out what userfaultfd(2) can bring later, and a tree is complete several
+//! times sooner. Where the last descriptor of a userfaultfd is closed the kernel fills
+//! what is missing with zeros, and the tree would go on with wrong memory. So the
+//! keeper stands between the CRIU that makes the tree and the one that brings its
+//! memory, and holds each of these descriptors, too: should the one that brings memory
+//! end early, the tree stands still where it lacks something until it is killed, and
+//! should the keeper end, the other goes on.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen,
+    recv, send, socket,
+};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::pipe2;
+
+use super::criu::session::poll_until;
+use super::criu::{Failure, Log};
+use super::hold::Work;
+use crate::sys::fds;
+use crate::sys::process::{self, PidFd};
+
+/// What CRIU calls the socket, in its working directory.
+const SOCKET: &str = "lazy-pages.socket";
+/// Working directory of the one that brings memory, in that of the logs.
+const DIRECTORY: &str = "lazy-pages";
+/// Name of its log.
+const LOG: &str = "lazy-pages.log";
+/// Its descriptors: the images, its working directory, and where it says that it
+/// listens.
+const IMAGES: RawFd = 3;
+const WORK: RawFd = 4;
+const READY: RawFd = 5;
+/// What CRIU sends when the tree is complete, instead of a process.
+const COMPLETE: i32 = 0x5253_5446;
+
+/// Memory on its way into a tree.
+#[derive(Debug)]
+pub struct LazyPages {
+    pager: Pager,
+    /// Ends with the CRIU that makes the tree.
+    relay: JoinHandle<io::Result<Vec<OwnedFd>>>,
+    directory: OwnedFd,
+}
+
+/// The process that brings it. Dropped: killed.
+#[derive(Debug)]
+struct Pager(Child);
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        // It has ended if all went well.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl LazyPages {
+    /// Starts it for the tree that is about to be made of `work`'s images, all of which
+    /// are there.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn start(work: &Work) -> io::Result<Self> {
+        mkdirat(&work.logs, DIRECTORY, Mode::S_IRWXU)?;
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let directory = openat(&work.logs, DIRECTORY, flags, Mode::empty())?;
+        let listener = stream()?;
+        bind(listener.as_raw_fd(), &address(&work.logs)?)?;
+        listen(&listener, Backlog::new(1)?)?;
+        let (ready, says_ready) = pipe2(OFlag::O_CLOEXEC)?;
+        let pager = Pager(pager(work, &directory, says_ready)?);
+        let process = PidFd::open(pager.0.id())?;
+        let serves = directory.try_clone()?;
+        let relay = std::thread::Builder::new().name("lazy-pages".into()).spawn(move || {
+            relay(&listener, &process, ready, &serves).inspect_err(|error| {
+                eprintln!("memory can't be brought to processes: {error}");
+            })
+        })?;
+        Ok(Self { pager, relay, directory })
+    }
+
+    /// Waits until a tree that runs has all its memory.
+    ///
+    /// # Errors
+    /// When it never will have it. `kill` has been called then: it stands still where
+    /// something is missing only as long as this is not over.
+    pub fn finish(self, kill: impl FnOnce()) -> Result<(), Failure> {
+        let Self { mut pager, relay, directory } = self;
+        let held = relay.join().unwrap_or_else(|_| Err(io::Error::other("a thread died")));
+        let why = match (&held, pager.0.wait()) {
+            (Ok(_), Ok(status)) if status.success() => return Ok(()),
+            (Ok(_), Ok(status)) => how(status, &directory),
+            (Err(error), _) => error.to_string(),
+            (Ok(_), Err(error)) => error.to_string(),
+        };
+        kill();
+        drop(held);
+        Err(Failure {
+            code: "memory-lost",
+            message: format!("its memory could not be put in place, so it was ended: {why}"),
+            remedy: "see what has become of the process `criu lazy-pages` of that host",
+        })
+    }
+}
+
+/// How the process that brings memory has ended.
+fn how(status: ExitStatus, directory: &OwnedFd) -> String {
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let opened = openat(directory, LOG, flags, Mode::empty());
+    let log = opened.map_err(io::Error::from).and_then(|fd| Log::read(File::from(fd)));
+    let log = log.unwrap_or_default();
+    match (log.errors().next(), status.signal()) {
+        (_, Some(signal)) => format!("`criu lazy-pages` was ended by signal {signal}"),
+        (Some(line), None) => format!("`criu lazy-pages` says {line:?}"),
+        (None, None) => format!("`criu lazy-pages` ended with {status}"),
+    }
+}
+
+fn pager(work: &Work, directory: &OwnedFd, says_ready: OwnedFd) -> io::Result<Child> {
+    let path = |number: RawFd| format!("/proc/self/fd/{number}");
+    let mut command = Command::new(&work.criu);
+    command.args(["--no-default-config", "lazy-pages", "-v2", "--log-file", LOG]);
+    // What was put in place is not kept twice.
+    command.args(["--auto-dedup", "--images-dir", &path(IMAGES), "--work-dir", &path(WORK)]);
+    command.args(["--status-fd", &READY.to_string()]);
+    command.env_clear().stdin(Stdio::null()).stdout(Stdio::null());
+    let fds = vec![
+        (work.images.try_clone()?, IMAGES),
+        (directory.try_clone()?, WORK),
+        (says_ready, READY),
+    ];
+    process::isolate(&mut command, fds);
+    command.spawn()
+}
+
+fn stream() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+/// The socket in a directory that may have no path.
+fn address(directory: &OwnedFd) -> io::Result<UnixAddr> {
+    let directory = format!("/proc/self/fd/{}", directory.as_raw_fd());
+    Ok(UnixAddr::new(&Path::new(&directory).join(SOCKET))?)
+}
+
+/// Passes on what CRIU says of the processes it makes, and keeps what it passes on.
+fn relay(
+    listener: &OwnedFd,
+    pager: &PidFd,
+    ready: OwnedFd,
+    directory: &OwnedFd,
+) -> io::Result<Vec<OwnedFd>> {
+    let over = || io::Error::other("`criu lazy-pages` has ended");
+    if !comes_before_the_end(listener, pager)? {
+        return Err(over());
+    }
+    let criu = fds::own(accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?);
+    if !comes_before_the_end(&ready, pager)? || File::from(ready).read(&mut [0])? == 0 {
+        return Err(over());
+    }
+    let to = stream()?;
+    connect(to.as_raw_fd(), &address(directory)?)?;
+    let mut held = Vec::new();
+    let mut word = [0; 4];
+    while take(&criu, &mut word)? {
+        send(to.as_raw_fd(), &word, MsgFlags::MSG_NOSIGNAL)?;
+        let pid = i32::from_ne_bytes(word);
+        // A zombie, by its number below zero, has no memory.
+        if pid == COMPLETE || pid < 0 {
+            continue;
+        }
+        let mut byte = [0];
+        let (length, mut given) = fds::receive(&criu, &mut byte)?;
+        let memory = given.pop().filter(|_| length == 1);
+        let memory = memory.ok_or_else(|| io::Error::other("CRIU sent no userfaultfd"))?;
+        fds::send(&to, &byte, &[memory.as_fd()])?;
+        held.push(memory);
+    }
+    Ok(held)
+}
+
+/// Whether there is something to be had from `fd` before the pager ends.
+fn comes_before_the_end(fd: &OwnedFd, pager: &PidFd) -> io::Result<bool> {
+    let mut wait =
+        [PollFd::new(fd.as_fd(), PollFlags::POLLIN), PollFd::new(pager.as_fd(), PollFlags::POLLIN)];
+    poll_until(&mut wait, None)?;
+    Ok(wait[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN)))
+}
+
+/// Fills `into`; false at the end of the connection.
+fn take(from: &OwnedFd, into: &mut [u8; 4]) -> io::Result<bool> {
+    loop {
+        match recv(from.as_raw_fd(), into, MsgFlags::MSG_WAITALL) {
+            Ok(0) => return Ok(false),
+            Ok(4) => return Ok(true),
+            Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            // CRIU was killed.
+            Err(Errno::ECONNRESET) => return Ok(false),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
