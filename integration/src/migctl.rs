@@ -3,13 +3,17 @@
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::binaries::Program;
 use crate::wait;
+
+/// The longest stop of a move that asks for none. In an emulated host a guest dirties
+/// its memory faster than emulated CPUs carry it away within the default.
+const MAX_DOWNTIME: &str = "MIGR_TEST_MAX_DOWNTIME";
 
 /// A `migctl` that has ended.
 #[derive(Clone, Debug)]
@@ -70,6 +74,8 @@ impl Ran {
 pub struct Running {
     command: String,
     child: Child,
+    /// Its standard input, while that is left open.
+    input: Option<ChildStdin>,
     stdout: File,
     stderr: File,
 }
@@ -80,18 +86,34 @@ impl Running {
     /// # Errors
     /// When it cannot be started.
     pub fn start(host: SocketAddr, args: &[&str], input: Option<&str>) -> Result<Self> {
+        let mut running = Self::start_open(host, args, input)?;
+        running.input = None;
+        Ok(running)
+    }
+
+    /// The same, whose standard input does not end until it is waited for.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_open(host: SocketAddr, args: &[&str], input: Option<&str>) -> Result<Self> {
         let (stdout, stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
         let program = Program::Migctl.path()?;
         let mut command = Command::new(&program);
         command.env_remove("MIGCTL_HOST").arg("--host").arg(host.to_string()).args(args);
+        if let Ok(downtime) = std::env::var(MAX_DOWNTIME)
+            && is_unlimited_move(args)
+        {
+            command.args(["--max-downtime", &downtime]);
+        }
         command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
         command.stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
         let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
-        if let (Some(text), Some(mut pipe)) = (input, child.stdin.take()) {
+        let mut pipe = child.stdin.take();
+        if let (Some(text), Some(pipe)) = (input, &mut pipe) {
             pipe.write_all(text.as_bytes()).context("feed migctl")?;
         }
         let command = format!("migctl --host {host} {}", args.join(" "));
-        Ok(Self { command, child, stdout, stderr })
+        Ok(Self { command, child, input: pipe, stdout, stderr })
     }
 
     /// What it printed so far.
@@ -113,6 +135,7 @@ impl Running {
     /// # Errors
     /// When it never ends.
     pub fn wait(mut self) -> Result<Ran> {
+        self.input = None;
         let command = self.command.clone();
         let ended = wait::until(&command, || Ok(self.child.try_wait()?))?;
         Ok(Ran {
@@ -132,9 +155,29 @@ impl Drop for Running {
     }
 }
 
+/// Whether these arguments move something in rounds and say nothing of its stop.
+fn is_unlimited_move(args: &[&str]) -> bool {
+    let has = |word| args.contains(&word);
+    has("migrate") && has("--to") && !has("--max-downtime") && !has("stop")
+}
+
 fn content(file: &mut File) -> Result<String> {
     let mut bytes = Vec::new();
     file.rewind()?;
     file.read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_moves_in_rounds_without_a_limit_are_given_one() {
+        let moves = ["-o", "json", "migrate", "web", "--to", "127.0.0.1:1"];
+        assert!(is_unlimited_move(&moves));
+        assert!(!is_unlimited_move(&[&moves[..], &["--max-downtime", "1ms"]].concat()));
+        assert!(!is_unlimited_move(&[&moves[..], &["--mode", "stop"]].concat()));
+        assert!(!is_unlimited_move(&["list"]));
+    }
 }

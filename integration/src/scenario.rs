@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::daemon::Daemon;
 use crate::host_pair::HostPair;
+use crate::migctl::Running;
 use crate::wait;
 
 /// A pulse VM to run. Sizes are in MiB.
@@ -25,19 +26,21 @@ pub struct Pulse {
     pub filled: u32,
     /// Passes a second, at most; 0: as many as it can.
     pub rate: u32,
+    /// What of the lowest memory it leaves alone.
+    pub skip: u32,
 }
 
 impl Pulse {
     /// Small enough to be started often.
     #[must_use]
     pub fn small() -> Self {
-        Self { name: "pulse", memory: 128, cpus: 1, hot: 2, filled: 24, rate: 100 }
+        Self { name: "pulse", memory: 128, cpus: 1, hot: 2, filled: 24, rate: 100, skip: 0 }
     }
 
     /// The guest of the demo and the bench.
     #[must_use]
     pub fn of_the_demo() -> Self {
-        Self { name: "pulse", memory: 1024, cpus: 1, hot: 16, filled: 512, rate: 0 }
+        Self { name: "pulse", memory: 1024, cpus: 1, hot: 16, filled: 512, rate: 0, skip: 0 }
     }
 
     /// With that many vCPUs.
@@ -49,8 +52,8 @@ impl Pulse {
     /// Its kernel command line.
     #[must_use]
     pub fn cmdline(&self) -> String {
-        let Self { cpus, hot, filled, rate, .. } = self;
-        format!("hot={hot}M static={filled}M check=1M rate={rate} seed=7 cpus={cpus}")
+        let Self { cpus, hot, filled, rate, skip, .. } = self;
+        format!("hot={hot}M static={filled}M check=1M rate={rate} seed=7 cpus={cpus} skip={skip}M")
     }
 
     /// Starts it and waits for its first heartbeat.
@@ -266,6 +269,22 @@ pub fn expect_alive(host: &Daemon, name: &str, more: u64) -> Result<Summary> {
     ensure!(state.as_deref() == Some("running"), "{name} is {state:?} at {}", host.address());
     let now = heartbeats(host, name)?.last_pass();
     wait_for_pass(host, name, now + more)?.check()
+}
+
+/// Types at the guest's console, and leaves it when the guest has said all `words`.
+///
+/// # Errors
+/// When it never does.
+pub fn converse(host: &Daemon, name: &str, typed: &str, words: &[&str]) -> Result<()> {
+    let args = ["console", name, "--detach-after", "1s"];
+    let mut console = Running::start_open(host.address(), &args, Some(typed))?;
+    let mut said = String::new();
+    wait::until(&format!("{name} to say {words:?}"), || {
+        said = console.stdout()?;
+        Ok(words.iter().all(|word| said.contains(word)).then_some(()))
+    })
+    .with_context(|| format!("it said {said}"))?;
+    console.wait()?.ok().map(drop)
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use integration::faulty_link::{Fault, FaultyLink};
 use integration::host_pair::HostPair;
 use integration::leaks;
 use integration::scenario::{Pulse, expect_alive};
+use integration::wait;
 
 /// In the middle of the pages.
 const MIDDLE: u64 = 12 << 20;
@@ -64,7 +65,10 @@ fn bytes_that_are_missing_are_noticed() -> Result<()> {
 
 #[test]
 fn a_link_that_hangs_is_given_up_when_the_timeout_is_over() -> Result<()> {
-    fails(Fault::StallAfter(MIDDLE), &["--timeout", "2s"], 4, &["timeout", "2s", "precopy"])
+    // Not before the link hangs.
+    let limit = format!("{}s", 2 * wait::patience()?);
+    let words = ["timeout", &limit, "precopy"];
+    fails(Fault::StallAfter(MIDDLE), &["--timeout", &limit], 4, &words)
 }
 
 #[test]

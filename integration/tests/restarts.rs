@@ -3,8 +3,7 @@
 use anyhow::{Result, ensure};
 use integration::host_pair::HostPair;
 use integration::leaks;
-use integration::migctl::Running;
-use integration::scenario::{Pulse, expect_alive, heartbeats};
+use integration::scenario::{Pulse, converse, expect_alive, heartbeats};
 
 /// `down` ends daemon `a`; it is started again a while later.
 fn survives(down: impl Fn(&mut HostPair) -> Result<()>) -> Result<()> {
@@ -23,9 +22,8 @@ fn survives(down: impl Fn(&mut HostPair) -> Result<()>) -> Result<()> {
     for field in ["kernel", "cmdline", "vmm_pid"] {
         ensure!(again[field] == inspected[field], "{field}: {again}, before: {inspected}");
     }
-    let args = ["console", pulse.name, "--detach-after", "2s"];
-    let said = Running::start(pair.a.address(), &args, Some("verify\n"))?.wait()?.ok()?;
-    said.expect(0, &["echo: verify", "pulse verified all errors=0"])?;
+    let said = ["echo: verify", "pulse verified all errors=0"];
+    converse(&pair.a, pulse.name, "verify\n", &said)?;
     pair.a.migctl(&["pause", pulse.name])?.ok()?;
     let paused_at = heartbeats(&pair.a, pulse.name)?.last_pass();
 

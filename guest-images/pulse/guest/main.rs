@@ -67,7 +67,7 @@ fn prepare(start_info: u64, clock: &Clock) -> (&'static Settings, &'static Plan)
     let ram = boot.ram();
     let plan = Plan::new(&settings, ram).unwrap_or_else(|misfit| {
         say!(
-            "pulse error: static and hot regions need {} bytes, usable RAM is {}",
+            "pulse error: static and hot regions and what is skipped need {} bytes, usable RAM is {}",
             misfit.wanted,
             misfit.usable
         );
@@ -99,7 +99,7 @@ fn prepare(start_info: u64, clock: &Clock) -> (&'static Settings, &'static Plan)
 }
 
 fn announce(settings: &Settings, plan: &Plan, clock: &Clock) {
-    let Settings { hot, fixed, check, rate, seed, cpus } = settings;
+    let Settings { hot, fixed, check, rate, seed, cpus, skip: _ } = settings;
     say!(
         "pulse start hot={hot} static={fixed} check={check} rate={rate} seed={seed} cpus={cpus} kvmclock={} tsc_hz={}",
         clock.kind(),

@@ -101,11 +101,14 @@ pub struct DoesNotFit {
 }
 
 impl Plan {
-    /// Static first, then one hot region a vCPU, lowest addresses first.
+    /// Static first, then one hot region a vCPU, lowest addresses first, above what is
+    /// skipped.
     pub fn new(settings: &Settings, ram: Region) -> Result<Self, DoesNotFit> {
         let hot = u64::try_from(settings.cpus).unwrap_or(u64::MAX).saturating_mul(settings.hot);
-        let refusal = DoesNotFit { wanted: settings.fixed.saturating_add(hot), usable: ram.len() };
+        let wanted = settings.skip.saturating_add(settings.fixed).saturating_add(hot);
+        let refusal = DoesNotFit { wanted, usable: ram.len() };
         let mut free = ram;
+        free.take(settings.skip).ok_or(refusal)?;
         let mut plan = Self { fixed: free.take(settings.fixed).ok_or(refusal)?, ..Self::default() };
         for region in &mut plan.hot[..settings.cpus] {
             *region = free.take(settings.hot).ok_or(refusal)?;

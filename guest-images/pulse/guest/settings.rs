@@ -20,6 +20,8 @@ pub struct Settings {
     pub seed: u64,
     /// vCPUs to start, the first one included.
     pub cpus: usize,
+    /// Bytes of the lowest RAM above the image that are in no region.
+    pub skip: u64,
 }
 
 /// A known key whose value makes no sense; holds the key.
@@ -30,7 +32,7 @@ impl Settings {
     /// Reads `key=value` tokens in any order; unknown tokens belong to somebody else.
     pub fn parse(line: &[u8]) -> Result<Self, BadValue> {
         let mut settings =
-            Self { hot: 1 << 20, fixed: 0, check: 1 << 20, rate: 0, seed: 1, cpus: 1 };
+            Self { hot: 1 << 20, fixed: 0, check: 1 << 20, rate: 0, seed: 1, cpus: 1, skip: 0 };
         for token in line.split(u8::is_ascii_whitespace) {
             let Some(split) = token.iter().position(|&byte| byte == b'=') else { continue };
             let (key, value) = (&token[..split], &token[split + 1..]);
@@ -41,6 +43,7 @@ impl Settings {
                 b"rate" => settings.rate = number(value).ok_or(BadValue("rate"))?,
                 b"seed" => settings.seed = number(value).ok_or(BadValue("seed"))?,
                 b"cpus" => settings.cpus = cpus(value).ok_or(BadValue("cpus"))?,
+                b"skip" => settings.skip = size(value).ok_or(BadValue("skip"))?,
                 _ => {}
             }
         }

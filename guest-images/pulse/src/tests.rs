@@ -3,7 +3,7 @@ use std::collections::HashSet;
 use crate::ELF;
 use crate::pattern::{LINES, Pattern, WORDS};
 use crate::plan::{DoesNotFit, IMAGE_END, Piece, Plan, Region};
-use crate::settings::{BadValue, Settings};
+use crate::settings::{BadValue, PAGE, Settings};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -84,15 +84,23 @@ fn written_image_is_the_built_one() {
 
 #[test]
 fn command_line_tokens_come_in_any_order_among_strangers() {
-    let line = b"console=ttyS0 cpus=2 seed=9  static=512M quiet hot=16M rate=50 check=2M x=";
-    let expected =
-        Settings { hot: 16 * MIB, fixed: 512 * MIB, check: 2 * MIB, rate: 50, seed: 9, cpus: 2 };
+    let line =
+        b"console=ttyS0 cpus=2 seed=9  static=512M quiet hot=16M rate=50 skip=8K check=2M x=";
+    let expected = Settings {
+        hot: 16 * MIB,
+        fixed: 512 * MIB,
+        check: 2 * MIB,
+        rate: 50,
+        seed: 9,
+        cpus: 2,
+        skip: 8192,
+    };
     assert_eq!(Settings::parse(line), Ok(expected));
 }
 
 #[test]
 fn empty_command_line_gives_the_defaults() {
-    let expected = Settings { hot: MIB, fixed: 0, check: MIB, rate: 0, seed: 1, cpus: 1 };
+    let expected = Settings { hot: MIB, fixed: 0, check: MIB, rate: 0, seed: 1, cpus: 1, skip: 0 };
     assert_eq!(Settings::parse(b""), Ok(expected));
 }
 
@@ -108,6 +116,7 @@ fn values_without_sense_are_refused_by_name() {
         ("seed=18446744073709551616", "seed"),
         ("cpus=0", "cpus"),
         ("cpus=17", "cpus"),
+        ("skip=1", "skip"),
     ] {
         assert_eq!(Settings::parse(line.as_bytes()), Err(BadValue(key)), "{line}");
     }
@@ -147,6 +156,18 @@ fn more_than_the_map_holds_is_refused_with_both_numbers() {
     let settings = Settings::parse(b"static=120M hot=4M cpus=2").unwrap();
     let refusal = Plan::new(&settings, ram(&[(0, 640 << 10), (MIB, 127 * MIB)])).unwrap_err();
     assert_eq!(refusal, DoesNotFit { wanted: 128 * MIB, usable: 126 * MIB });
+    let settings = Settings::parse(b"skip=126M hot=4K").unwrap();
+    let refusal = Plan::new(&settings, ram(&[(MIB, 127 * MIB)])).unwrap_err();
+    assert_eq!(refusal, DoesNotFit { wanted: 126 * MIB + PAGE, usable: 126 * MIB });
+}
+
+#[test]
+fn regions_begin_above_what_is_skipped() {
+    let settings = Settings::parse(b"skip=3069M static=2M hot=1M").unwrap();
+    let plan = Plan::new(&settings, ram(&[(0, 3 * GIB), (4 * GIB, GIB)])).unwrap();
+    let low = Piece { start: 3071 * MIB, len: MIB };
+    assert_eq!(plan.fixed.pieces(), [low, Piece { start: 4 * GIB, len: MIB }]);
+    assert_eq!(plan.hot[0].pieces(), [Piece { start: 4 * GIB + MIB, len: MIB }]);
 }
 
 #[test]

@@ -225,11 +225,17 @@ fn run(shape: &Shape, script: &[String]) -> Result<ExitCode> {
     let group = script::Group::default();
     lab::remove_on_signal(&layout, Some(group.clone()));
     let hosts = bring_up(shape, &layout)?;
+    // What the script waits for in a host that the emulation has lost never comes.
+    let mut watch = watch::Watch::start(&layout, &shape.settings()?);
     let ended = script::run(&layout, &hosts, script, &group);
     if !matches!(ended, Ok(0)) {
         lab::report_failure(&layout);
     }
     lab::remove(&layout)?;
+    watch.end();
+    for lost in watch::lost_hosts() {
+        eprintln!("the emulation lost a host: {lost}");
+    }
     Ok(ExitCode::from(ended?))
 }
 

@@ -78,7 +78,7 @@ fn watch(host: &Host, over: &AtomicBool) {
             continue;
         }
         if matches!(host.condition(), Ok(Condition::On)) && !answers(host) && is_on(host, over) {
-            return lose(host);
+            lose(host);
         }
         asked = Instant::now();
     }
@@ -117,6 +117,12 @@ fn lost(what: String) {
     LOST.lock().unwrap_or_else(PoisonError::into_inner).push(what);
 }
 
+/// What hosts were lost since anybody asked.
+#[must_use]
+pub fn lost_hosts() -> Vec<String> {
+    std::mem::take(&mut *LOST.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
 /// Does `work`, and does it again if it failed and the emulation lost a host
 /// meanwhile, up to three times in all. Says so each time.
 ///
@@ -125,7 +131,7 @@ fn lost(what: String) {
 pub fn attempts(work: impl Fn() -> Result<()>) -> Result<()> {
     for attempt in 1.. {
         let result = work();
-        let lost = std::mem::take(&mut *LOST.lock().unwrap_or_else(PoisonError::into_inner));
+        let lost = lost_hosts();
         match &result {
             Err(error) if !lost.is_empty() && attempt < ATTEMPTS => {
                 eprintln!("the emulation lost a host: {}", lost.join("\n"));

@@ -5,6 +5,7 @@ pub mod boots;
 pub mod cpus;
 pub mod cut;
 pub mod demo;
+pub mod freed;
 pub mod moves;
 pub mod power;
 pub mod table;
