@@ -134,9 +134,11 @@ impl Daemon {
         let mut command = match (&self.before, self.network_of) {
             (None, None) => Command::new(&program),
             (None, Some(pid)) => two_nets::within(pid, &program),
-            (Some(script), _) => {
+            (Some(script), network) => {
                 fs::create_dir_all(&self.state_dir)?;
-                let mut command = Command::new("unshare");
+                let unshare = Path::new("unshare");
+                let within = |pid| two_nets::within(pid, unshare);
+                let mut command = network.map_or_else(|| Command::new(unshare), within);
                 let script = format!("set -e; {script}; exec \"$@\"");
                 command.args(["--mount", "--propagation", "private", "sh", "-c", &script, "sh"]);
                 command.arg(&program).env("STATE", &self.state_dir);

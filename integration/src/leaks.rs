@@ -104,7 +104,8 @@ pub fn files_below(directory: &Path) -> Vec<PathBuf> {
     while let Some(next) = open.pop() {
         for entry in fs::read_dir(&next).into_iter().flatten().flatten() {
             let path = entry.path();
-            if path.is_dir() {
+            // A link may lead anywhere.
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 open.push(path.clone());
             }
             found.extend(path.strip_prefix(directory).map(Path::to_path_buf));

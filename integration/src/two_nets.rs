@@ -151,6 +151,15 @@ impl TwoNets {
 
     /// The daemon of a host.
     #[must_use]
+    pub fn daemon_mut(&mut self, side: Side) -> &mut Daemon {
+        match side {
+            Side::A => &mut self.a,
+            Side::B => &mut self.b,
+        }
+    }
+
+    /// The same, to look at.
+    #[must_use]
     pub fn daemon(&self, side: Side) -> &Daemon {
         match side {
             Side::A => &self.a,

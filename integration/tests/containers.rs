@@ -255,7 +255,6 @@ fn a_bundle_that_is_none_is_refused_with_what_to_do() -> Result<()> {
     bundle.write(&no_program)?;
     bundle.start(&pair.a, &[])?.expect(1, &["runc:", "/bin/none"])?;
     bundle.write(&whole)?;
-    bundle.start(&pair.a, &["--rootfs", "copy"])?.expect(1, &["--rootfs shared"])?;
     leaks::expect_nothing_left(&pair.a)?;
     bundle.run(&pair.a, &[])?;
     pair.finish(NAME)

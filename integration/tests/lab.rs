@@ -4,7 +4,7 @@
 
 use anyhow::{Context, Result, ensure};
 use integration::lab::scenario::moves::Storage;
-use integration::lab::scenario::{boots, cpus, cut, moves, power, trees};
+use integration::lab::scenario::{boots, cpus, cut, freed, moves, power, trees};
 use integration::lab::watch::attempts;
 
 /// What the variable asks for, or `usual`.
@@ -35,6 +35,11 @@ fn a_guest_with_shared_storage_does_not_notice_its_moves() -> Result<()> {
 fn a_guest_whose_disk_is_copied_does_not_notice_its_moves() -> Result<()> {
     let number = moves(8)?;
     attempts(|| moves::there_and_back(Storage::Copied, number))
+}
+
+#[test]
+fn memory_that_a_guest_has_freed_is_not_sent() -> Result<()> {
+    attempts(freed::is_not_sent)
 }
 
 #[test]
@@ -74,4 +79,10 @@ fn a_process_with_a_connection_does_not_notice_its_moves() -> Result<()> {
 fn the_memory_of_a_process_goes_ahead_and_arrives_whole() -> Result<()> {
     let mib = number("MIGR_LAB_MEMORY", 128)?;
     attempts(|| trees::memory_goes_ahead(mib))
+}
+
+#[test]
+fn snapshots_of_a_tree_build_on_each_other() -> Result<()> {
+    let mib = number("MIGR_LAB_MEMORY", 128)?;
+    attempts(|| trees::snapshots_build_on_each_other(mib))
 }

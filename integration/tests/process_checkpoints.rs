@@ -169,7 +169,7 @@ fn criu_killed_while_it_writes_leaves_the_tree_running_and_nothing_behind() -> R
     let to = ["checkpoint", counter.name, "--to", text(&directory)?];
     let writing = pair.a.start_migctl(&to)?;
     let keeper = left::keepers(pair.a.state_dir()).pop().context("no keeper")?;
-    let criu = wait::until("CRIU to begin", || Ok(keeper.criu()))?;
+    let criu = wait::until("CRIU to begin", || Ok(keeper.criu_at_work()))?;
     kill(Pid::from_raw(i32::try_from(criu)?), Signal::SIGKILL)?;
     writing.wait()?.expect(1, &["criu", "killed"])?;
     ensure!(!directory.exists(), "it was written");
@@ -315,5 +315,30 @@ fn a_daemon_killed_while_it_saves_a_tree_finds_it_running_again() -> Result<()> 
     pair.a.restart()?;
     counter.counts(&pair.a, 5)?;
     restore(&pair.b, &directory, "copy")?.expect(1, &["no manifest.json"])?;
+    pair.finish(counter.name)
+}
+
+/// In the lab, whose kernels track memory, they do.
+#[test]
+fn a_snapshot_builds_on_another_only_where_the_kernel_tracks_memory() -> Result<()> {
+    let pair = process::hosts()?;
+    let counter = Counter::small();
+    counter.run(&pair.a)?;
+    let place = |name: &str| pair.directory().join(name);
+    let (first, second) = (place("first"), place("second"));
+    pair.a.migctl(&["checkpoint", counter.name, "--to", text(&first)?])?.ok()?;
+    let next = ["checkpoint", counter.name, "--to", text(&second)?, "--parent", text(&first)?];
+    let tracks = pair.a.migctl(&[&next[..], &["--dry-run"]].concat())?;
+    if tracks.status == 0 {
+        pair.a.migctl(&next)?.ok()?;
+        ensure!(second.join("images/parent/inventory.img").is_file(), "CRIU finds no parent");
+    } else {
+        tracks.expect(3, &["chain-not-tracked", "CONFIG_MEM_SOFT_DIRTY", "--parent"])?;
+        pair.a.migctl(&next)?.expect(1, &["CONFIG_MEM_SOFT_DIRTY"])?;
+        ensure!(!second.exists(), "something of it is left");
+    }
+    let none = ["checkpoint", counter.name, "--to", text(&second)?, "--parent", text(&second)?];
+    pair.a.migctl(&none)?.expect(1, &["no manifest.json"])?;
+    counter.counts(&pair.a, 3)?;
     pair.finish(counter.name)
 }

@@ -113,9 +113,14 @@ fn a_server_whose_destination_dies_keeps_its_connections() -> Result<()> {
     })
 }
 
-/// The cable is pulled while the server stands still; before, something else happens.
-fn lose_each_other(nets: &mut TwoNets, before: fn(&TwoNets) -> Result<()>) -> Result<()> {
-    nets.a.halt_at(Some("source-frozen"));
+/// The cable is pulled while the server stands still, and host A's daemon at `place`;
+/// before, something else happens.
+fn lose_each_other(
+    nets: &mut TwoNets,
+    place: &str,
+    before: fn(&TwoNets) -> Result<()>,
+) -> Result<()> {
+    nets.a.halt_at(Some(place));
     nets.start()?;
     let mut clients = serve(nets)?;
     let to = nets.b.to();
@@ -136,12 +141,12 @@ fn lose_each_other(nets: &mut TwoNets, before: fn(&TwoNets) -> Result<()>) -> Re
 
 #[test]
 fn a_server_keeps_its_connections_when_the_hosts_lose_each_other_while_it_stands() -> Result<()> {
-    on_two_hosts(|nets| lose_each_other(nets, |_| Ok(())))
+    on_two_hosts(|nets| lose_each_other(nets, "source-frozen", |_| Ok(())))
 }
 
 #[test]
 fn a_server_keeps_its_connections_when_criu_is_killed_while_it_holds_them() -> Result<()> {
-    on_two_hosts(|nets| lose_each_other(nets, kill_criu))
+    on_two_hosts(|nets| lose_each_other(nets, "source-written", kill_criu))
 }
 
 /// Kills the CRIU of host A's one workload, once that is written and held.

@@ -190,10 +190,21 @@ enum Criu {
     Waits,
 }
 
+impl Criu {
+    /// Where the source's daemon stands still then: without it CRIU comes to no end,
+    /// since it sends it memory.
+    fn failpoint(self) -> &'static str {
+        match self {
+            Self::Begins => "source-frozen",
+            Self::Waits => "source-written",
+        }
+    }
+}
+
 /// A move during which CRIU is killed there, while the source's daemon stands still.
 fn criu_killed(place: Criu) -> Result<(Counter, HostPair, Running)> {
     let counter = Counter { memory: 64, depth: 4, ..Counter::small() };
-    let (pair, moving) = halted("source-frozen", counter)?;
+    let (pair, moving) = halted(place.failpoint(), counter)?;
     let keeper = keeper_of(&pair)?;
     let mut waits = 0;
     let criu = wait::until("CRIU to be at the right place", || {

@@ -86,7 +86,7 @@ fn a_move_that_is_cancelled_while_criu_writes_does_not_wait_for_all_of_it() -> R
     counter.run(&pair.a)?;
     let keeper = keeper_of(pair.a.state_dir())?;
     let moving = start_moving(&pair.a, &pair.b.to(), counter.name)?;
-    let criu = wait::until("CRIU to begin", || Ok(keeper.criu()))?;
+    let criu = wait::until("CRIU to begin", || Ok(keeper.criu_at_work()))?;
     let criu = Pid::from_raw(i32::try_from(criu)?);
     kill(criu, Signal::SIGSTOP)?;
     pair.a.migctl(&["cancel", counter.name])?.ok()?;

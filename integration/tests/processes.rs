@@ -131,6 +131,13 @@ fn an_io_uring_is_named_and_does_not_move() -> Result<()> {
     blocked_by(&pair, opened, "io-uring", &["io_uring", "fd "])
 }
 
+#[test]
+fn an_eventfd_that_is_a_semaphore_is_named_and_does_not_move() -> Result<()> {
+    let pair = process::hosts()?;
+    let opened = "__import__('os').eventfd(1, __import__('os').EFD_SEMAPHORE)";
+    blocked_by(&pair, opened, "eventfd-semaphore", &["counter", "fd "])
+}
+
 /// Puts a copy of the shell at `program`.
 fn shell_at(program: &Path) -> Result<()> {
     fs::copy("/bin/sh", program)?;

@@ -168,6 +168,7 @@ Exit status: 0 written (with --dry-run: nothing stands in the way), 1 failed, 2 
 Examples:
   migctl checkpoint web --to /var/lib/snapshots/web-1
   migctl checkpoint job --to /var/lib/snapshots/job-1 --file-locks --stop
+  migctl checkpoint job --to /var/lib/snapshots/job-2 --parent /var/lib/snapshots/job-1
   migctl -o json checkpoint job --to /var/lib/snapshots/job-1 --dry-run";
 
 #[derive(Debug, Args)]
@@ -404,6 +405,10 @@ pub struct CheckpointArgs {
     /// Directory on the daemon's host; must not exist, or be empty.
     #[arg(long, value_name = "DIR")]
     pub to: PathBuf,
+    /// A snapshot of it, the last one: only what memory has changed since is written, where
+    /// the kernel tracks that. `restore` needs both directories.
+    #[arg(long, value_name = "DIR")]
+    pub parent: Option<PathBuf>,
     /// Let it go on when it is written; the default.
     #[arg(long, conflicts_with = "stop")]
     pub leave_running: bool,

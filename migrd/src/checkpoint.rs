@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::fcntl::OFlag;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::migration::destination::identity;
 use crate::registry::{Registry, Status};
-use crate::workload::{Arriving, Carry, Manifest, ProcessOptions, WorkloadError};
+use crate::workload::{Arriving, Carry, Chain, Manifest, ProcessOptions, WorkloadError};
 
 mod chunks;
 mod directory;
@@ -33,7 +33,7 @@ const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state.bin";
 const CHUNKS: &str = "chunks.bin";
 /// The newest layout.
-const NEWEST: u32 = tree::VERSION;
+const NEWEST: u32 = tree::CHAINED;
 /// The longest manifest and state that are read, in bytes.
 const MAX_SMALL: u64 = 64 << 20;
 
@@ -49,17 +49,19 @@ pub struct Written {
 }
 
 /// Without its disks: they are no part of a snapshot.
-fn carry(process: ProcessOptions) -> Carry {
-    Carry { disks: false, to_files: true, process }
+fn carry(process: ProcessOptions, chain: Chain) -> Carry {
+    Carry { disks: false, to_files: true, verify: false, chain, process }
 }
 
 /// How a snapshot is made.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct How {
     /// What may be done to a process tree for that.
     pub process: ProcessOptions,
     /// The workload ends once the snapshot is complete; otherwise it goes on.
     pub ends: bool,
+    /// A snapshot that it builds on: only what memory has changed since is written.
+    pub parent: Option<PathBuf>,
 }
 
 /// Writes a snapshot of the workload `name` to `directory`, which is made. The
@@ -76,14 +78,16 @@ pub async fn write(
     how: How,
 ) -> Result<Written, CheckpointError> {
     let status = registry.find(name)?;
-    let looked = registry.look(name, carry(how.process)).await?;
-    let mut found = looked.problems.into_iter();
+    let onto = tree::Onto::find(how.parent.as_deref(), directory).await?;
+    let looked = registry.look(name, carry(how.process, onto.chain())).await?;
+    let unfit = onto.problem(looked.saves_files);
+    let mut found = looked.problems.into_iter().chain(unfit);
     if let Some(first) = found.next() {
-        return Err(CheckpointError::Refused { first, more: found.len() });
+        return Err(CheckpointError::Refused { first, more: found.count() });
     }
     let made = make(directory)?;
     let written = if looked.saves_files {
-        tree::write(registry, status, directory, how).await
+        tree::write(registry, status, directory, how, onto).await
     } else {
         pages::write(registry, status, directory, how).await
     };
@@ -211,7 +215,7 @@ fn open(directory: &Path) -> Result<Layout, CheckpointError> {
             let path = directory.display().to_string();
             return Err(CheckpointError::Newer { path, version });
         }
-        Some(tree::VERSION) => {
+        Some(tree::VERSION | tree::CHAINED) => {
             let on_disk = serde_json::from_value(manifest).map_err(|e| damaged(directory, e))?;
             return Ok(Layout::Tree(Box::new(on_disk)));
         }

@@ -146,6 +146,11 @@ uuid_newtype! {
     HostId
 }
 
+uuid_newtype! {
+    /// Names a snapshot of a process tree that others may build on.
+    SnapshotId
+}
+
 /// Now, in ms since the Unix epoch.
 #[must_use]
 pub fn unix_ms() -> i64 {

@@ -40,9 +40,33 @@ impl Keeper {
     /// are not that CRIU has for a moment and makes its siblings.
     #[must_use]
     pub fn criu(&self) -> Option<u32> {
+        self.runs_criu(false)
+    }
+
+    /// The CRIU that has a process of its tree in its hand (proc(5), `TracerPid`).
+    #[must_use]
+    pub fn criu_at_work(&self) -> Option<u32> {
+        let criu = self.criu()?;
+        let traced = |pid: &u32| {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+            tracer.is_some_and(|tracer| tracer.trim() == criu.to_string())
+        };
+        self.processes().ok()?.iter().any(traced).then_some(criu)
+    }
+
+    /// The CRIU that brings memory to a tree that runs, if there is one.
+    #[must_use]
+    pub fn lazy_pages(&self) -> Option<u32> {
+        self.runs_criu(true)
+    }
+
+    fn runs_criu(&self, brings_memory: bool) -> Option<u32> {
         processes().into_iter().find(|pid| {
             let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             command.trim_end() == "criu"
+                && line.contains("lazy-pages") == brings_memory
                 && stat(*pid, PARENT) == Some(self.pid)
                 && stat(*pid, SESSION) == Some(*pid)
         })
@@ -134,7 +158,7 @@ pub fn what_is_left(state_dir: &Path, host_id: &str) -> Result<Vec<String>> {
         let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
         left.extend(names.filter(|n| n.starts_with(&of_host)).map(|n| format!("cgroup {n}")));
     }
-    for parent in ["processes", "containers", "runc"] {
+    for parent in ["processes", "containers", "runc", "rootfs"] {
         let places = fs::read_dir(state_dir.join(parent)).into_iter().flatten().flatten();
         left.extend(places.map(|place| format!("directory {}", place.path().display())));
     }

@@ -5,6 +5,7 @@ pub mod bench;
 pub mod container;
 pub mod crit;
 pub mod left;
+pub mod rootfs;
 pub mod served;
 pub mod show;
 pub mod snapshot;

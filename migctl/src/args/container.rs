@@ -11,10 +11,15 @@ DIR is an OCI bundle on the daemon's host: a directory with a config.json, which
 and a root file system; runc makes the container. \"terminal\" must be false: stdout and
 stderr are in `migctl logs`. What runc calls the container is in `migctl inspect`.
 
+With --rootfs copy its root file system is sent along when it moves, while it runs; what it has
+changed by then follows at the stop. The bundle stays as it is; the copy is deleted when the
+container leaves that host.
+
 With --net the container gets a network of its own, whose address and connections move with it.
 
 Examples:
   migctl run-container web --bundle /srv/web
+  migctl run-container web --bundle /srv/web --rootfs copy
   migctl run-container web --bundle /srv/web --net ip=10.0.0.5/24,bridge=br0";
 
 #[derive(Debug, Args)]
@@ -38,6 +43,6 @@ pub struct RunContainerArgs {
 pub enum Rootfs {
     /// It is there under the same path: shared storage, or a copy
     Shared,
-    /// It is sent with the container (not in this version)
+    /// It is sent with the container, into a directory of the other migrd's own
     Copy,
 }

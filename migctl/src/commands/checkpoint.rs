@@ -17,6 +17,7 @@ pub async fn run(ctx: &Context, args: CheckpointArgs) -> Result<u8, Failure> {
         dry_run: args.dry_run,
         process: Some(options(args.process)),
         stop: args.stop,
+        parent: args.parent.as_deref().map(absolute).transpose()?.unwrap_or_default(),
     };
     let stop = request.stop;
     let (name, directory) = (request.name.clone(), request.directory.clone());

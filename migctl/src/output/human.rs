@@ -123,7 +123,7 @@ fn process(inspection: &Inspection, process: &Process) -> Vec<(&'static str, Str
     if let Some(container) = &process.container {
         facts.extend([
             ("bundle", container.bundle.clone()),
-            ("root file system", container.rootfs.clone()),
+            ("root file system", format!("{} ({})", container.rootfs, container.rootfs_mode)),
             ("container of runc", container.runc_id.clone()),
         ]);
     }
@@ -252,7 +252,7 @@ pub fn plan(plan: &Plan) -> String {
         ms if ms > 0.0 => show_ms(ms),
         _ => "as short as can be".to_owned(),
     };
-    let facts = [
+    let mut facts = vec![
         ("source", plan.source.clone()),
         ("destination", plan.destination.clone()),
         ("mode", with_reason(plan.mode, plan.mode_reason.as_deref())),
@@ -264,6 +264,9 @@ pub fn plan(plan: &Plan) -> String {
         ("predicted downtime", predicted(plan.predicted_downtime_ms)),
         ("allowed downtime", allowed),
     ];
+    if let Some(bytes) = plan.rootfs_bytes {
+        facts.push(("root file system", format!("{} are sent while it runs", show_bytes(bytes))));
+    }
     let mut text = format!("{} {verdict}; nothing was touched", plain(&plan.workload));
     text.push('\n');
     text.push_str(&aligned(&facts));

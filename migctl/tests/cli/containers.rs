@@ -22,6 +22,7 @@ fn some() -> Fake {
             bundle: "/srv/web".into(),
             rootfs: "/srv/web/rootfs".into(),
             runc_id: "7b0c".into(),
+            carrying: RootfsCarrying::Copy.into(),
         }),
         ..ProcessInfo::default()
     };
@@ -76,10 +77,11 @@ fn inspect_says_what_runc_calls_a_container() {
     let object = fake.migctl(&["-o", "json", "inspect", "web"]).object();
     let process = object.get("process").or_else(|| object["workload"].get("process"));
     let container = &process.unwrap()["container"];
-    let expected = json!({"bundle": "/srv/web", "rootfs": "/srv/web/rootfs", "runc_id": "7b0c"});
+    let expected = json!({"bundle": "/srv/web", "rootfs": "/srv/web/rootfs", "rootfs_mode": "copy",
+                          "runc_id": "7b0c"});
     assert_eq!(*container, expected);
     let text = fake.migctl(&["inspect", "web"]).stdout;
-    for fact in ["container", "/srv/web/rootfs", "7b0c"] {
+    for fact in ["container", "/srv/web/rootfs (copy)", "7b0c"] {
         assert!(text.contains(fact), "{fact} not in {text}");
     }
 }

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use migr_proto::v1 as proto;
 use prost::Message;
-use tonic::{Code, Status};
+use tonic::Status;
 
 use super::process_orders;
-use super::status::{Refusal, invalid};
+use super::status::invalid;
 use crate::keeper::container::{MAX_SPEC, Spec};
 use crate::migration::destination::MAX_CONFIG;
 
@@ -23,16 +23,6 @@ pub(super) fn read(
     request: &proto::RunContainerRequest,
 ) -> Result<proto::ProcessConfig, Status> {
     let proto::RunContainerRequest { name: _, bundle, rootfs: _, net } = request;
-    if request.rootfs() == proto::RootfsCarrying::Copy {
-        return Err(Refusal {
-            code: Code::Unimplemented,
-            reason: "ROOTFS_COPY_UNSUPPORTED",
-            message: "this version does not send the root file system of a container".into(),
-            host: here,
-            remedy: "copy it to the other host, under the same path, and use --rootfs shared",
-        }
-        .status());
-    }
     let wrong = |text: String| invalid(here, text);
     let directory = Path::new(bundle);
     if !directory.is_absolute() {
@@ -69,6 +59,7 @@ pub(super) fn read(
         container: Some(proto::ContainerConfig {
             spec: spec.to_bytes().into(),
             bundle: bundle.clone(),
+            rootfs_copied: request.rootfs() == proto::RootfsCarrying::Copy,
         }),
     };
     // It travels in an offer, which has that limit.
@@ -120,9 +111,10 @@ mod tests {
             (config.argv.as_slice(), config.cwd.as_str()),
             (&["/bin/sh".to_owned()][..], "/")
         );
-        assert_eq!(config.container.unwrap().bundle, bundle);
+        let container = config.container.unwrap();
+        assert_eq!((container.bundle, container.rootfs_copied), (bundle, false));
         request.rootfs = proto::RootfsCarrying::Copy.into();
-        assert_eq!(read("here", &request).unwrap_err().code(), Code::Unimplemented);
+        assert!(read("here", &request).unwrap().container.unwrap().rootfs_copied);
         request = proto::RunContainerRequest { bundle: "bundle".into(), ..Default::default() };
         assert!(said(&request).contains("absolute"));
     }

@@ -252,7 +252,8 @@ impl Control for ControlService {
             Kind::Vm => convert::vm(common, &status.identity.config, &footprint),
             Kind::Process | Kind::Container => {
                 let identity = &status.identity;
-                convert::process(identity.id, common, &identity.config, &footprint)
+                let rootfs = self.containers.as_ref().and_then(|all| all.rootfs_of(identity.id));
+                convert::process(identity.id, common, &identity.config, &footprint, rootfs)
             }
         }))
     }
@@ -386,8 +387,13 @@ impl Control for ControlService {
         let request = request.into_inner();
         let directory = orders::absolute(self.here(), "directory", &request.directory)?;
         let options = orders::process_options(request.process.as_ref());
+        let parent = match request.parent.as_str() {
+            "" => None,
+            parent => Some(orders::absolute(self.here(), "parent", parent)?),
+        };
         if request.dry_run {
-            let found = checkpoint::plan(&self.registry, &request.name, &directory, options).await;
+            let (name, parent) = (&request.name, parent.as_deref());
+            let found = checkpoint::plan(&self.registry, name, &directory, options, parent).await;
             let found = found.map_err(|e| status::checkpoint(self.here(), &e))?;
             let found = found.into_iter().map(|problem| Blocker::found_on(self.here(), problem));
             return Ok(Response::new(proto::CheckpointReply {
@@ -397,7 +403,7 @@ impl Control for ControlService {
         }
         let registry = self.registry.clone();
         let written = to_the_end(async move {
-            let how = checkpoint::How { process: options, ends: request.stop };
+            let how = checkpoint::How { process: options, ends: request.stop, parent };
             checkpoint::write(&registry, &request.name, &directory, how).await
         });
         let written = written.await.map_err(|e| status::checkpoint(self.here(), &e))?;

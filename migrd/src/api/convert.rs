@@ -1,5 +1,6 @@
 //! Between the protocol's messages and our own types, field by field.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use migr_proto::v1 as proto;
@@ -87,22 +88,30 @@ pub(super) fn vm(
     }
 }
 
-/// The part of `common` that only process trees and containers have.
+/// The part of `common` that only process trees and containers have. `rootfs` is where
+/// a container has its root file system, if that is not where its bundle says.
 pub(super) fn process(
     id: WorkloadId,
     common: proto::InspectReply,
     config: &[u8],
     footprint: &Footprint,
+    rootfs: Option<PathBuf>,
 ) -> proto::InspectReply {
     let proto::ProcessConfig { version: _, argv, env: _, cwd, net, container, adopted: _ } =
         proto::ProcessConfig::decode(config).unwrap_or_default();
     let Footprint { pid, processes, .. } = *footprint;
     let container = container.map(|container| {
         let spec = Spec::parse(&container.spec).ok();
+        let rootfs = rootfs.or_else(|| spec.map(|spec| spec.rootfs().to_owned()));
+        let carrying = match container.rootfs_copied {
+            true => proto::RootfsCarrying::Copy,
+            false => proto::RootfsCarrying::Shared,
+        };
         proto::ContainerInfo {
             bundle: container.bundle,
-            rootfs: spec.map_or_else(String::new, |spec| spec.rootfs().display().to_string()),
+            rootfs: rootfs.map_or_else(String::new, |path| path.display().to_string()),
             runc_id: id.to_string(),
+            carrying: carrying.into(),
         }
     });
     let process = proto::ProcessInfo { argv, cwd, net, pid, processes, container };
@@ -265,5 +274,6 @@ pub(super) fn plan(planned: &Planned<'_>) -> proto::MigrationPlan {
         max_downtime_us: u64::try_from(max_downtime.as_micros()).unwrap_or(u64::MAX),
         destination_version: peer.map_or_else(String::new, |p| p.version.clone()),
         mode_reason: plan.mode.why.clone(),
+        rootfs_bytes: plan.files_bytes,
     }
 }

@@ -51,6 +51,10 @@ impl Starts for Guests {
         Ok(Box::new(FakeWorkload(self.guest.clone())))
     }
 
+    fn rootfs_of(&self, _: WorkloadId) -> Option<std::path::PathBuf> {
+        None
+    }
+
     fn problem(&self) -> Option<String> {
         self.problem.clone()
     }
@@ -198,6 +202,7 @@ async fn what_is_in_the_way_of_a_workload_is_told_by_every_dry_run_and_stops_a_m
         directory: daemon.directory.path().join("snap").display().to_string(),
         dry_run: true,
         process,
+        parent: String::new(),
     };
     let planned = daemon.control.checkpoint(Request::new(request.clone())).await.unwrap();
     assert_eq!(planned.into_inner().blockers, std::slice::from_ref(&found));

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, openat, renameat};
+use nix::fcntl::{OFlag, openat, readlinkat, renameat};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
@@ -99,6 +99,16 @@ impl Place {
             Ok((file, found.len()))
         } else {
             Err(self.damaged(name, "is no file"))
+        }
+    }
+
+    /// Where a symbolic link in it leads.
+    pub(super) fn link(&self, name: &str) -> Result<String, CheckpointError> {
+        match readlinkat(&self.fd, name) {
+            Ok(target) => Ok(target.to_string_lossy().into_owned()),
+            Err(Errno::ENOENT) => Err(self.damaged(name, "is missing")),
+            Err(Errno::EINVAL) => Err(self.damaged(name, "is no symbolic link")),
+            Err(error) => Err(self.failed("read", name)(error.into())),
         }
     }
 

@@ -24,7 +24,9 @@ use crate::migration::destination::Host;
 use crate::registry::{FrozenWork, Registry, RegistryError, Saving, Status};
 use crate::units::WorkloadId;
 use crate::wire::file::{FileError, FileLane};
-use crate::workload::{ChunkSink, Kind, Manifest, StreamKey, StreamSpec, Workload, WorkloadError};
+use crate::workload::{
+    Chain, ChunkSink, Kind, Manifest, StreamKey, StreamSpec, Workload, WorkloadError,
+};
 
 /// Version of the layout.
 const VERSION: u32 = 1;
@@ -85,7 +87,8 @@ pub(super) async fn write(
             if failed { Err(WorkloadError::new("the snapshot was not written")) } else { Ok(()) }
         })
     });
-    let saving = Saving { carry: carry(how.process), files: None, ends: how.ends };
+    let carry = carry(how.process, Chain::default());
+    let saving = Saving { carry, files: None, onto: String::new(), ends: how.ends };
     let frozen = registry.checkpoint(&name, saving, work).await;
     match (reported.await, frozen) {
         (Ok(Ok((bytes, pages))), Ok(paused)) => Ok((Written { bytes, pages, paused }, None)),

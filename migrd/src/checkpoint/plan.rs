@@ -4,12 +4,12 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use super::{CheckpointError, blocking, carry};
+use super::{CheckpointError, blocking, carry, tree};
 use crate::registry::Registry;
 use crate::workload::{Problem, ProcessOptions};
 
 /// What keeps the workload `name`, as it is now, from being written to
-/// `directory`; empty: nothing is known to.
+/// `directory`, on top of the snapshot in `parent`; empty: nothing is known to.
 ///
 /// # Errors
 /// When it is not here, or can't be looked at.
@@ -18,8 +18,18 @@ pub async fn plan(
     name: &str,
     directory: &Path,
     process: ProcessOptions,
+    parent: Option<&Path>,
 ) -> Result<Vec<Problem>, CheckpointError> {
-    let mut problems = registry.look(name, carry(process)).await?.problems;
+    let onto = match tree::Onto::find(parent, directory).await {
+        Ok(onto) => onto,
+        Err(error) => {
+            let remedy = "name a snapshot of this workload, or leave --parent out";
+            return Ok(vec![Problem::new("snapshot-parent", error.to_string(), remedy)]);
+        }
+    };
+    let looked = registry.look(name, carry(process, onto.chain())).await?;
+    let mut problems = looked.problems;
+    problems.extend(onto.problem(looked.saves_files));
     let place = directory.to_owned();
     problems.extend(blocking(move || Ok(unusable(&place))).await?);
     Ok(problems)

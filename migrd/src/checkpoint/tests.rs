@@ -87,7 +87,7 @@ impl World {
 }
 
 fn with(process: ProcessOptions) -> How {
-    How { process, ends: false }
+    How { process, ..How::default() }
 }
 
 #[tokio::test]
@@ -95,7 +95,7 @@ async fn a_workload_that_is_to_end_does_so_only_when_its_snapshot_is_complete() 
     let world = World::new().await;
     let ends = How { ends: true, ..How::default() };
     world.guest.failing_at(Op::Save, 1);
-    write(&world.registry, NAME, &world.place(), ends).await.unwrap_err();
+    write(&world.registry, NAME, &world.place(), ends.clone()).await.unwrap_err();
     assert!(world.guest.runs() && !world.place().exists(), "it failed and changed nothing");
     write(&world.registry, NAME, &world.place(), ends).await.unwrap();
     let state = world.registry.find(NAME).unwrap().state;
@@ -152,7 +152,7 @@ async fn what_keeps_it_from_being_saved_is_found_before_it_is_stopped() {
         Problem::new("vsock", "process 7 has a vsock socket", "close it"),
         Problem::new("io-uring", "process 8 has an io_uring", "end it"),
     ]);
-    let found = plan(&world.registry, NAME, &world.place(), options).await.unwrap();
+    let found = plan(&world.registry, NAME, &world.place(), options, None).await.unwrap();
     let codes: Vec<_> = found.iter().map(|problem| problem.code).collect();
     assert_eq!(codes, ["vsock", "io-uring"]);
     assert!(world.guest.carried().process.file_locks, "it was looked at with what is allowed");
@@ -168,10 +168,10 @@ async fn what_keeps_it_from_being_saved_is_found_before_it_is_stopped() {
 async fn a_dry_run_finds_nothing_in_the_way_and_touches_nothing() {
     let world = World::new().await;
     let options = ProcessOptions::default();
-    assert_eq!(plan(&world.registry, NAME, &world.place(), options).await.unwrap(), []);
+    assert_eq!(plan(&world.registry, NAME, &world.place(), options, None).await.unwrap(), []);
     assert!(!world.place().exists() && world.guest.runs());
     world.write().await.unwrap();
-    let found = plan(&world.registry, NAME, &world.place(), options).await.unwrap();
+    let found = plan(&world.registry, NAME, &world.place(), options, None).await.unwrap();
     assert_eq!(found[0].code, "snapshot-directory");
 }
 
@@ -180,5 +180,23 @@ async fn what_may_be_done_to_a_process_tree_is_chosen_before_it_is_stopped() {
     let world = World::new().await;
     let options = ProcessOptions { ghost_limit_bytes: 1 << 24, ..ProcessOptions::default() };
     write(&world.registry, NAME, &world.place(), with(options)).await.unwrap();
-    assert_eq!(world.guest.carried(), Carry { disks: false, to_files: true, process: options });
+    let carried = world.guest.carried();
+    assert_eq!((carried.disks, carried.to_files, carried.process), (false, true, options));
+}
+
+#[tokio::test]
+async fn a_snapshot_of_what_saves_no_files_builds_on_no_other() {
+    let world = World::new().await;
+    world.write().await.unwrap();
+    let next = world.place().with_extension("next");
+    let onto = |parent: PathBuf| How { parent: Some(parent), ..How::default() };
+    let said = |error: CheckpointError| error.to_string();
+    let kind = write(&world.registry, NAME, &next, onto(world.place())).await.unwrap_err();
+    assert!(said(kind).contains("not one that others can build on"));
+    let none = write(&world.registry, NAME, &next, onto(next.clone())).await.unwrap_err();
+    assert!(said(none).contains("no manifest.json"));
+    assert!(!next.exists() && world.guest.runs());
+    let options = ProcessOptions::default();
+    let found = plan(&world.registry, NAME, &next, options, Some(&next)).await.unwrap();
+    assert_eq!(found[0].code, "snapshot-parent");
 }

@@ -23,7 +23,9 @@ use nix::sys::stat::Mode;
 
 use super::cgroup::{self, Cgroup};
 use super::connections;
-use super::criu::rpc::{CgroupMode, InheritFd, NetworkLock, Options, Request, Response};
+use super::criu::rpc::{
+    CgroupMode, InheritFd, NetworkLock, Options, PageServerInfo, Request, Response,
+};
 use super::criu::session::inherited;
 use super::criu::{CriuError, Event, Failure, Launch, Log, Session};
 use super::lazy_pages::LazyPages;
@@ -44,6 +46,8 @@ const LOGS_BYTES: u64 = 1 << 30;
 const SEIZE_LIMIT: Duration = Duration::from_secs(20);
 /// How long CRIU may take to let a complete tree go.
 pub(super) const RELEASE_LIMIT: Duration = Duration::from_secs(30);
+/// Where CRIU asks before a dump, when it has looked at everything but the tree.
+const READY: &str = "pre-dump";
 /// Where CRIU asks after a dump.
 pub(super) const DUMPED: &str = "post-dump";
 /// Where it asks at a restore, when everything is complete.
@@ -54,6 +58,8 @@ pub(super) const RESUMING: &str = "pre-resume";
 /// What came of it.
 #[derive(Debug)]
 pub enum News {
+    /// The tree may be stopped: CRIU is ready to write it, and waits for a word.
+    Ready,
     /// Everything is written; the tree is held.
     Dumped,
     /// The dump has failed; the tree is where it was before, and may go on.
@@ -74,7 +80,7 @@ pub enum News {
     Filled(Result<(), Failure>),
 }
 
-/// The word that a thread waits for.
+/// The words that a thread waits for.
 #[derive(Debug)]
 pub struct Hold {
     word: Sender<bool>,
@@ -87,7 +93,7 @@ impl Hold {
         Self { word }
     }
 
-    /// Speaks it; only the first counts.
+    /// Speaks the next; those that nobody waits for count for nothing.
     pub fn say(&self, go_on: bool) {
         // A thread that is gone has had bad news, which it has told.
         let _ = self.word.send(go_on);
@@ -116,9 +122,13 @@ pub struct Work {
     pub external: Vec<String>,
     /// What its network namespace is called between a dump and a restore.
     pub network_key: &'static str,
+    /// A page server that memory goes to; none: into images.
+    pub page_server: Option<OwnedFd>,
     /// Directory of the images that a dump builds on, relative to that of its own; empty:
     /// it has everything.
     pub parent: String,
+    /// What the tree writes to its memory after a dump is told to a later one.
+    pub track: bool,
 }
 
 impl Work {
@@ -161,6 +171,8 @@ impl Work {
         options.external.extend(self.external.iter().cloned());
         if !self.parent.is_empty() {
             options.parent_img = Some(self.parent.clone());
+        }
+        if self.track || !self.parent.is_empty() {
             options.track_mem = Some(true);
         }
         Ok(options)
@@ -217,8 +229,8 @@ pub(super) fn system_failure(error: &impl std::fmt::Display) -> Failure {
     Failure { code: "system", message: error.to_string(), remedy }
 }
 
-/// Has CRIU write the tree of `pid`, all of whose processes stand still by their
-/// cgroup, and holds it.
+/// Has CRIU write the tree of `pid`, and holds it. It waits for two words: that all of
+/// the tree's processes stand still by their cgroup, and then, what becomes of them.
 pub fn dump(work: Work, pid: u32, tell: impl Fn(News) + Send + 'static) -> io::Result<Hold> {
     let (word, heard) = channel();
     std::thread::Builder::new().name("dump".into()).spawn(move || {
@@ -237,29 +249,40 @@ fn dump_held(
     tell: &impl Fn(News),
 ) -> Result<(), Failure> {
     let cgroup = Cgroup::at(&work.cgroup);
-    let options = work.dump_options(pid)?;
-    let started = Session::start(Launch::plain(&work.criu));
+    let mut options = work.dump_options(pid)?;
+    let handed: Vec<_> = work.page_server.iter().map(AsFd::as_fd).collect();
+    options.ps = work.page_server.as_ref().map(|_| PageServerInfo { fd: Some(inherited(0)) });
+    let started = Session::start(Launch { inherited: &handed, ..Launch::plain(&work.criu) });
     let mut session = started.map_err(|e| system_failure(&e))?;
     session.request(&Request::dump(options)).map_err(|e| system_failure(&e))?;
     let criu = session.pid();
     let held = std::thread::scope(|scope| {
-        // CRIU makes the processes work for it, which those of a frozen cgroup can't. It
-        // has to hold every one of them before they are let go by the cgroup.
-        let seized = scope.spawn(|| thaw_when_seized(&cgroup, criu));
-        let held = drive(&mut session, Session::next, |script, _| {
-            if script != DUMPED {
-                return true;
+        let mut seized = None;
+        let held = drive(&mut session, Session::next, |script, _| match script {
+            READY => {
+                tell(News::Ready);
+                let stopped = heard.recv().unwrap_or(false);
+                // CRIU makes the processes work for it, which those of a frozen cgroup
+                // can't. It has to hold every one of them before they are let go by the
+                // cgroup.
+                seized = stopped.then(|| scope.spawn(|| thaw_when_seized(&cgroup, criu)));
+                stopped
             }
-            // Should CRIU die, the processes stand still all the same.
-            if cgroup.set_frozen(true).is_err() {
-                return false;
+            DUMPED => {
+                // Should CRIU die, the processes stand still all the same.
+                if cgroup.set_frozen(true).is_err() {
+                    return false;
+                }
+                tell(News::Dumped);
+                heard.recv().unwrap_or(false)
             }
-            tell(News::Dumped);
-            heard.recv().unwrap_or(false)
+            _ => true,
         });
         // It ends when CRIU does, at the latest.
         drop(session);
-        let _ = seized.join();
+        if let Some(seized) = seized {
+            let _ = seized.join();
+        }
         held
     });
     if held.is_err() {
@@ -398,16 +421,16 @@ fn restore_held(work: &Work, place: &Place, heard: &Receiver<bool>, tell: &impl 
     });
 }
 
-/// Has a tree made, and tells what came of it and of its memory. `make` gets whether
-/// memory follows, tells when the tree is complete, and says whether it was let go.
+/// Has a tree made, and tells what came of it and of its memory. `make` gets what brings
+/// memory if that follows, tells when the tree is complete, and says whether it was let go.
 pub(super) fn conclude(
     work: &Work,
-    lazy_pages: Option<LazyPages>,
+    mut lazy_pages: Option<LazyPages>,
     tell: &impl Fn(News),
-    make: impl FnOnce(bool, &mut dyn FnMut(u32)) -> Result<bool, Failure>,
+    make: impl FnOnce(Option<&mut LazyPages>, &mut dyn FnMut(u32)) -> Result<bool, Failure>,
 ) {
     let mut complete = false;
-    let result = make(lazy_pages.is_some(), &mut |init| {
+    let result = make(lazy_pages.as_mut(), &mut |init| {
         complete = true;
         tell(News::Restored(init));
     });
@@ -434,7 +457,7 @@ pub(super) fn conclude(
 fn restore_to_the_word(
     work: &Work,
     place: &Place,
-    lazy: bool,
+    mut lazy_pages: Option<&mut LazyPages>,
     mut word: impl FnMut(u32) -> bool,
 ) -> Result<bool, Failure> {
     let system = |error: io::Error| system_failure(&error);
@@ -442,7 +465,7 @@ fn restore_to_the_word(
     let mut options = work.options(RESTORE_LOG);
     options.rst_sibling = Some(true);
     options.auto_dedup = Some(true);
-    options.lazy_pages = lazy.then_some(true);
+    options.lazy_pages = lazy_pages.as_ref().map(|_| true);
     options.root = Some(place.root.display().to_string());
     let named = work.mounts.iter().enumerate();
     options.external =
@@ -477,7 +500,8 @@ fn restore_to_the_word(
                 eprintln!("timers of its processes may stand still: {error}");
             }
             // CRIU is in the cgroup, too, and has to go on when that is frozen.
-            match cgroup::take_in(criu) {
+            let ready = lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.check());
+            match ready.and_then(|()| cgroup::take_in(criu)) {
                 Ok(()) => wanted = word(init),
                 Err(error) => stuck = Some(error),
             }

@@ -51,8 +51,18 @@ const COMPLETE: i32 = 0x5253_5446;
 pub struct LazyPages {
     pager: Pager,
     /// Ends with the CRIU that makes the tree.
-    relay: JoinHandle<io::Result<Vec<OwnedFd>>>,
+    relay: JoinHandle<(Held, io::Result<()>)>,
     directory: OwnedFd,
+}
+
+/// What keeps memory that is missing from being zeros.
+#[derive(Debug)]
+struct Held {
+    /// Where CRIU's connection waits, and the descriptors in it.
+    listener: OwnedFd,
+    criu: Option<OwnedFd>,
+    /// A userfaultfd for each process.
+    memory: Vec<OwnedFd>,
 }
 
 /// The process that brings it. Dropped: killed.
@@ -84,12 +94,23 @@ impl LazyPages {
         let pager = Pager(pager(work, &directory, says_ready)?);
         let process = PidFd::open(pager.0.id())?;
         let serves = directory.try_clone()?;
+        let mut held = Held { listener, criu: None, memory: Vec::new() };
         let relay = std::thread::Builder::new().name("lazy-pages".into()).spawn(move || {
-            relay(&listener, &process, ready, &serves).inspect_err(|error| {
-                eprintln!("memory can't be brought to processes: {error}");
-            })
+            let relayed = held.relay(&process, ready, &serves);
+            (held, relayed)
         })?;
         Ok(Self { pager, relay, directory })
+    }
+
+    /// That it still can be done, asked before the tree runs.
+    ///
+    /// # Errors
+    /// When it can't.
+    pub fn check(&mut self) -> io::Result<()> {
+        match self.pager.0.try_wait()? {
+            None => Ok(()),
+            Some(status) => Err(io::Error::other(how(status, &self.directory))),
+        }
     }
 
     /// Waits until a tree that runs has all its memory.
@@ -99,12 +120,15 @@ impl LazyPages {
     /// something is missing only as long as this is not over.
     pub fn finish(self, kill: impl FnOnce()) -> Result<(), Failure> {
         let Self { mut pager, relay, directory } = self;
-        let held = relay.join().unwrap_or_else(|_| Err(io::Error::other("a thread died")));
-        let why = match (&held, pager.0.wait()) {
-            (Ok(_), Ok(status)) if status.success() => return Ok(()),
-            (Ok(_), Ok(status)) => how(status, &directory),
-            (Err(error), _) => error.to_string(),
-            (Ok(_), Err(error)) => error.to_string(),
+        let (held, relayed) = match relay.join() {
+            Ok((held, relayed)) => (Some(held), relayed),
+            Err(_) => (None, Err(io::Error::other("a thread died"))),
+        };
+        let why = match (relayed, pager.0.wait()) {
+            (Ok(()), Ok(status)) if status.success() => return Ok(()),
+            (_, Ok(status)) if !status.success() => how(status, &directory),
+            (Err(error), _) | (_, Err(error)) => error.to_string(),
+            (Ok(()), Ok(status)) => how(status, &directory),
         };
         kill();
         drop(held);
@@ -156,40 +180,37 @@ fn address(directory: &OwnedFd) -> io::Result<UnixAddr> {
     Ok(UnixAddr::new(&Path::new(&directory).join(SOCKET))?)
 }
 
-/// Passes on what CRIU says of the processes it makes, and keeps what it passes on.
-fn relay(
-    listener: &OwnedFd,
-    pager: &PidFd,
-    ready: OwnedFd,
-    directory: &OwnedFd,
-) -> io::Result<Vec<OwnedFd>> {
-    let over = || io::Error::other("`criu lazy-pages` has ended");
-    if !comes_before_the_end(listener, pager)? {
-        return Err(over());
-    }
-    let criu = fds::own(accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?);
-    if !comes_before_the_end(&ready, pager)? || File::from(ready).read(&mut [0])? == 0 {
-        return Err(over());
-    }
-    let to = stream()?;
-    connect(to.as_raw_fd(), &address(directory)?)?;
-    let mut held = Vec::new();
-    let mut word = [0; 4];
-    while take(&criu, &mut word)? {
-        send(to.as_raw_fd(), &word, MsgFlags::MSG_NOSIGNAL)?;
-        let pid = i32::from_ne_bytes(word);
-        // A zombie, by its number below zero, has no memory.
-        if pid == COMPLETE || pid < 0 {
-            continue;
+impl Held {
+    /// Passes on what CRIU says of the processes it makes, and keeps what it passes on.
+    fn relay(&mut self, pager: &PidFd, ready: OwnedFd, directory: &OwnedFd) -> io::Result<()> {
+        let over = || io::Error::other("`criu lazy-pages` has ended");
+        if !comes_before_the_end(&self.listener, pager)? {
+            return Err(over());
         }
-        let mut byte = [0];
-        let (length, mut given) = fds::receive(&criu, &mut byte)?;
-        let memory = given.pop().filter(|_| length == 1);
-        let memory = memory.ok_or_else(|| io::Error::other("CRIU sent no userfaultfd"))?;
-        fds::send(&to, &byte, &[memory.as_fd()])?;
-        held.push(memory);
+        let criu = fds::own(accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?);
+        let criu = self.criu.insert(criu);
+        if !comes_before_the_end(&ready, pager)? || File::from(ready).read(&mut [0])? == 0 {
+            return Err(over());
+        }
+        let to = stream()?;
+        connect(to.as_raw_fd(), &address(directory)?)?;
+        let mut word = [0; 4];
+        while take(criu, &mut word)? {
+            send(to.as_raw_fd(), &word, MsgFlags::MSG_NOSIGNAL)?;
+            let pid = i32::from_ne_bytes(word);
+            // A zombie, by its number below zero, has no memory.
+            if pid == COMPLETE || pid < 0 {
+                continue;
+            }
+            let mut byte = [0];
+            let (length, given) = fds::receive(&*criu, &mut byte)?;
+            self.memory.extend(given);
+            let memory = self.memory.last().filter(|_| length == 1);
+            let memory = memory.ok_or_else(|| io::Error::other("CRIU sent no userfaultfd"))?;
+            fds::send(&to, &byte, &[memory.as_fd()])?;
+        }
+        Ok(())
     }
-    Ok(held)
 }
 
 /// Whether there is something to be had from `fd` before the pager ends.

@@ -219,6 +219,8 @@ pub struct Tally {
     pub rounds: Vec<Round>,
     /// What the lanes carried.
     pub lanes: LaneTotals,
+    /// Of that, pages of files that went ahead.
+    pub file_pages: u64,
     /// Pages never touched, so never read nor sent.
     pub skipped: u64,
     /// The last prediction before the stop.
@@ -244,6 +246,7 @@ impl Tally {
             started: Instant::now(),
             rounds: Vec::new(),
             lanes: LaneTotals::default(),
+            file_pages: 0,
             skipped: 0,
             predicted: Duration::ZERO,
             downtime: Breakdown::default(),

@@ -31,8 +31,10 @@ pub struct Question {
     pub mode: Chosen,
     /// How many lanes would carry it.
     pub lanes: u32,
-    /// Memory it has touched, in bytes.
+    /// Memory it has touched, and what of its disks is sent, in bytes.
     pub populated_bytes: u64,
+    /// Of that, what is sent while it runs in whatever mode, in bytes.
+    pub files_bytes: u64,
     /// Bytes a second of the last migration to that peer; 0: never measured.
     pub known_rate: f64,
     /// What a stop costs besides memory.
@@ -46,6 +48,8 @@ pub struct Plan {
     pub mode: Chosen,
     /// What stops it; empty: nothing.
     pub blockers: Vec<Blocker>,
+    /// What of its files is sent while it runs in whatever mode, in bytes.
+    pub files_bytes: u64,
     /// What the destination says of itself, if it is a migrd.
     pub peer: Option<PeerFacts>,
     /// The rate the predictions use, in bytes a second; 0 if none is known.
@@ -66,6 +70,7 @@ pub async fn plan(question: &Question) -> Plan {
     let mut plan = Plan {
         mode: question.mode.clone(),
         blockers: question.problems.clone(),
+        files_bytes: question.files_bytes,
         peer: None,
         rate: question.known_rate,
         total: None,
@@ -155,8 +160,9 @@ fn predict_times(question: &Question, plan: &mut Plan) {
     let pages = question.populated_bytes / PAGE_SIZE;
     let all = predict(pages, question.known_rate, question.fixed_cost);
     plan.total = Some(all);
+    let still = (question.populated_bytes.saturating_sub(question.files_bytes)) / PAGE_SIZE;
     plan.downtime = Some(match question.mode.mode {
-        Mode::Stop => all,
+        Mode::Stop => predict(still, question.known_rate, question.fixed_cost),
         Mode::Precopy => question.fixed_cost,
     });
     tracing::debug!(bytes = approximate(question.populated_bytes), ?all, "predicted");

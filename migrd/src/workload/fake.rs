@@ -425,7 +425,7 @@ impl Workload for FakeWorkload {
         false
     }
 
-    async fn save_files_in(&mut self, _: OwnedFd) -> Result<(), WorkloadError> {
+    async fn save_files_in(&mut self, _: OwnedFd, _: String) -> Result<(), WorkloadError> {
         Err(WorkloadError::new("it is saved in streams and has no files"))
     }
 
@@ -440,6 +440,10 @@ impl Workload for FakeWorkload {
             (_, Some(0)) => Ahead::Not("the fake has no room for another copy".into()),
             _ => Ahead::Copies { pays: true, why: "the fake makes copies".into() },
         }
+    }
+
+    async fn files_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
+        Ok(None)
     }
 
     async fn copy_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {

@@ -19,7 +19,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use crate::pages::PageSet;
-use crate::units::WorkloadId;
+use crate::units::{SnapshotId, WorkloadId};
 pub use ended::NoStreams;
 
 /// Number of one stream of a workload: a memory region, a log, a disk, an
@@ -155,8 +155,22 @@ pub struct Carry {
     pub disks: bool,
     /// It goes to files on a disk, and takes no memory on its way.
     pub to_files: bool,
+    /// Its streams will be hashed at the end, and have to be the same as when they were
+    /// sent.
+    pub verify: bool,
+    /// What these files build on.
+    pub chain: Chain,
     /// What may be done to a process tree.
     pub process: ProcessOptions,
+}
+
+/// Snapshots of files that build on each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Chain {
+    /// The one that is made, if others may build on it.
+    pub id: Option<SnapshotId>,
+    /// The one that it builds on.
+    pub after: Option<SnapshotId>,
 }
 
 /// What the user allows to be done to a process tree that moves or is
@@ -298,15 +312,28 @@ pub trait Workload: Send + Sync {
     fn saves_files(&self) -> bool;
 
     /// Has the next `freeze` write into `directory`, which is empty, what else would
-    /// be streams: until the next [`carry`](Self::carry), or a `thaw`.
+    /// be streams: until the next [`carry`](Self::carry), or a `thaw`. `onto` is where
+    /// those are that they build on, relative to the directory; empty: on none.
     ///
     /// # Errors
     /// When it saves no files.
-    async fn save_files_in(&mut self, directory: OwnedFd) -> Result<(), WorkloadError>;
+    async fn save_files_in(
+        &mut self,
+        directory: OwnedFd,
+        onto: String,
+    ) -> Result<(), WorkloadError>;
 
     /// Whether and how its memory can move while it runs, as it is now and with what
     /// `carry` chose.
     fn ahead(&self) -> Ahead;
+
+    /// The next part of what it has on disks and sends while it runs, in whatever mode
+    /// it moves; `None` when that was all. What of it changes after that is part of the
+    /// [`rest`](Self::rest). Ended by [`stop_tracking`](Self::stop_tracking).
+    ///
+    /// # Errors
+    /// When there is no next part. It runs on.
+    async fn files_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError>;
 
     /// Of one that moves [by copies](Ahead::Copies): the next part of a copy that it
     /// makes while it runs, `None` when that copy is complete; the call after that

@@ -201,6 +201,65 @@ pub fn there_and_back(moves: usize) -> Result<()> {
     Ok(())
 }
 
+/// Where snapshots are, in a host.
+const SNAPSHOTS: &str = "/var/snapshots";
+
+/// How many bytes the images of memory of a snapshot have.
+fn pages_bytes(host: &Host, snapshot: &str) -> Result<u64> {
+    let said = host.sh(&format!("cat {SNAPSHOTS}/{snapshot}/images/pages-*.img | wc -c"))?;
+    Ok(said.trim().parse()?)
+}
+
+/// Snapshots of a process of so much memory, in MiB, build on each other: the second and
+/// the third have what was written meanwhile, and the process is made anew of all of them.
+///
+/// # Errors
+/// When one has more than that, or what is made anew is not whole.
+pub fn snapshots_build_on_each_other(mib: u32) -> Result<()> {
+    let lab = lab()?;
+    let host = lab.host(1)?;
+    let before = lab.hosts().iter().map(Left::at).collect::<Result<Vec<_>>>()?;
+    let (mib, rate) = (mib.to_string(), (mib * 256 / 100).to_string());
+    run(host, "dirty", &[], DIRTY, &[&mib, &rate])?;
+    host.wait_for_output("dirty", "beat 20")?;
+    host.sh(&format!("mkdir -p {SNAPSHOTS}"))?;
+    let place = |name: &str| format!("{SNAPSHOTS}/{name}");
+    let save = |name: &str, parent: Option<&str>| {
+        let (to, parent) = (place(name), parent.map(place));
+        let mut words = vec!["checkpoint", "dirty", "--to", &to];
+        words.extend(parent.iter().flat_map(|parent| ["--parent", parent]));
+        host.migctl(&words)
+    };
+    save("1", None)?.ok()?;
+    is_whole(host, "dirty")?;
+    save("2", Some("1"))?.ok()?;
+    is_whole(host, "dirty")?;
+    save("3", Some("2"))?.ok()?;
+    // What was written since is known of the last one only.
+    save("4", Some("1"))?.expect(1, &["build on the last snapshot"])?;
+    let sizes = ["1", "2", "3"].map(|name| pages_bytes(host, name));
+    let [all, second, third] = sizes;
+    let (all, second, third) = (all?, second?, third?);
+    println!("images of memory: {all}, then {second} and {third} bytes");
+    ensure!(second < all / 2 && third < all / 2, "{all}, {second} and {third} bytes");
+    ends(host, "dirty")?;
+    host.migctl(&["restore", "--from", &place("3"), "--name", "again"])?.ok()?;
+    is_whole(host, "again")?;
+    ends(host, "again")?;
+    host.sh(&format!("mv {SNAPSHOTS}/2 {SNAPSHOTS}/away"))?;
+    let words = ["restore", "--from", &place("3"), "--name", "again"];
+    host.migctl(&words)?.expect(1, &["snapshots/2", "which is not there"])?;
+    host.sh(&format!("mv {SNAPSHOTS}/away {SNAPSHOTS}/2"))?;
+    let image = format!("$(ls {SNAPSHOTS}/1/images/pages-*.img | head -n 1)");
+    host.sh(&format!("printf x | dd of={image} bs=1 seek=4096 conv=notrunc 2>/dev/null"))?;
+    host.migctl(&words)?.expect(1, &["snapshots/1", "its content is not what was written"])?;
+    // They are in the host's memory, which is looked at for what stays behind.
+    host.sh(&format!("rm -r {SNAPSHOTS}"))?;
+    nothing_is_left(&lab, &before)?;
+    lab.done();
+    Ok(())
+}
+
 /// The longest time between two beats, as its host has seen them come, in ms.
 fn longest_silence(log: &str) -> Option<f64> {
     let times: Vec<f64> = log

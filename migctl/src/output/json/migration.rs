@@ -226,6 +226,8 @@ pub struct Plan {
     pub blockers: Vec<Blocker>,
     pub memory_bytes: u64,
     pub populated_bytes: u64,
+    /// Of a root file system that is sent along; null where none is.
+    pub rootfs_bytes: Option<u64>,
     pub destination_free_bytes: u64,
     pub measured_rate_bytes_per_s: Option<u64>,
     pub predicted_total_ms: Option<f64>,
@@ -249,6 +251,7 @@ impl From<v1::MigrationPlan> for Plan {
             blockers: from.blockers.into_iter().map(Into::into).collect(),
             memory_bytes: from.memory_bytes,
             populated_bytes: from.populated_bytes,
+            rootfs_bytes: Some(from.rootfs_bytes).filter(|bytes| *bytes != 0),
             destination_free_bytes: from.destination_free_bytes,
             measured_rate_bytes_per_s: Some(from.measured_rate_bytes_per_s).filter(|r| *r != 0),
             // Without a measured rate nothing is predicted.

@@ -110,6 +110,8 @@ pub struct Process {
 pub struct Container {
     pub bundle: String,
     pub rootfs: String,
+    /// `shared` or `copy`, as `run-container` was told.
+    pub rootfs_mode: &'static str,
     pub runc_id: String,
 }
 
@@ -118,8 +120,12 @@ impl From<v1::ProcessInfo> for Process {
         let v1::ProcessInfo { argv, cwd, net, pid, processes, container } = from;
         let pid = Some(pid).filter(|pid| *pid != 0);
         let container = container.map(|container| {
-            let v1::ContainerInfo { bundle, rootfs, runc_id } = container;
-            Container { bundle, rootfs, runc_id }
+            let rootfs_mode = match container.carrying() {
+                v1::RootfsCarrying::Copy => "copy",
+                v1::RootfsCarrying::Shared | v1::RootfsCarrying::Unspecified => "shared",
+            };
+            let v1::ContainerInfo { bundle, rootfs, runc_id, carrying: _ } = container;
+            Container { bundle, rootfs, rootfs_mode, runc_id }
         });
         Self { argv, cwd, net: net.map(Into::into), pid, processes, container }
     }

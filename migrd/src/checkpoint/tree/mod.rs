@@ -8,9 +8,13 @@
 //! | `needs.bin` | a `ProcessNeeds`: the files that it uses |
 //! | `chunks.bin` | its log, in batches that are framed as on a lane |
 //!
+//! A snapshot may build on another, which has what its memory had before ([`onto`]). Its
+//! `images` then have a link `parent` to those of the other.
+//!
 //! CRIU writes into `images.part`, which gets its name when all of it is on disk; the
 //! manifest comes last.
 
+mod onto;
 mod read;
 mod write;
 
@@ -20,14 +24,19 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use onto::Onto;
 pub(super) use read::restore;
 pub(super) use write::write;
 
 use super::directory::Place;
+use crate::units::SnapshotId;
 use crate::workload::Kind;
 
-/// Version of the layout.
+/// Version of the layout, and of that of a snapshot that builds on another.
 pub(super) const VERSION: u32 = 2;
+pub(super) const CHAINED: u32 = 3;
+/// What CRIU calls the link to the images before.
+const PARENT: &str = "parent";
 const IMAGES: &str = "images";
 const IMAGES_PART: &str = "images.part";
 const NEEDS: &str = "needs.bin";
@@ -47,6 +56,12 @@ pub(super) struct OnDisk {
     files: Vec<OnDiskFile>,
     /// Those in `images`.
     images: Vec<OnDiskFile>,
+    /// By which others that build on it know it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    id: Option<SnapshotId>,
+    /// What it builds on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    parent: Option<onto::OnDiskParent>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

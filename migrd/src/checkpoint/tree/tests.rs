@@ -9,6 +9,7 @@ use prost::Message;
 
 use super::super::directory::Place;
 use super::super::{CHUNKS, STATE};
+use super::onto::OnDiskParent;
 use super::read::{check, fill, streams};
 use super::*;
 use crate::workload::process::images::Images;
@@ -50,6 +51,8 @@ impl Snapshot {
             batches: 0,
             files,
             images: images.to_vec(),
+            id: Some(SnapshotId::random()),
+            parent: None,
         };
         Self { directory, on_disk }
     }
@@ -61,7 +64,7 @@ impl Snapshot {
     /// Reads it into `to`, as a restore does; the state.
     fn read(&self, to: &Path) -> Result<proto::ProcessState, String> {
         let found = check(self.directory.path(), &self.on_disk).map_err(|e| e.to_string())?;
-        let streams = streams(&self.on_disk.images);
+        let streams = streams(&self.on_disk, &found);
         let capacity = streams.values().next().map_or(0, |spec| spec.length);
         let count = u32::try_from(streams.len()).unwrap();
         let images = Images::over(Place::open(to).unwrap().descriptor().unwrap(), count, capacity);
@@ -92,6 +95,122 @@ fn what_was_written_is_read_back() {
         assert_eq!(fs::read(to.path().join(name)).unwrap(), vec![fill; length], "{name}");
     }
     assert_eq!(fs::read_dir(to.path()).unwrap().count(), FILES.len(), "nothing else is there");
+}
+
+/// A snapshot in `2` that builds on one in `1`, which builds on one in `0`; what was
+/// written to each.
+fn chain(root: &Path) -> Vec<OnDisk> {
+    let mut all: Vec<OnDisk> = Vec::new();
+    for number in 0..3_u8 {
+        let snapshot = Snapshot::new();
+        let place = root.join(number.to_string());
+        let mut on_disk = OnDisk { ..snapshot.on_disk };
+        for file in &mut on_disk.images {
+            let content = vec![number + 1; usize::try_from(file.bytes).unwrap()];
+            fs::write(snapshot.directory.path().join(IMAGES).join(&file.name), &content).unwrap();
+            *file = OnDiskFile::of(&file.name, &content);
+        }
+        if let Some(before) = number.checked_sub(1) {
+            let manifest = fs::read(root.join(before.to_string()).join("manifest.json")).unwrap();
+            on_disk.version = CHAINED;
+            let hash = blake3::hash(&manifest).to_hex().to_string();
+            let id = all.last().and_then(|on_disk| on_disk.id).unwrap();
+            on_disk.parent = Some(OnDiskParent::of(&format!("../{before}"), id, &hash));
+            let link = on_disk.parent.as_ref().unwrap().link();
+            std::os::unix::fs::symlink(link, snapshot.directory.path().join("images/parent"))
+                .unwrap();
+        }
+        let manifest = super::super::seal(&on_disk).unwrap();
+        fs::write(snapshot.directory.path().join("manifest.json"), manifest).unwrap();
+        fs::rename(snapshot.directory.keep(), &place).unwrap();
+        all.push(on_disk);
+    }
+    all
+}
+
+fn read_chain(root: &Path, newest: &OnDisk, to: &Path) -> Result<proto::ProcessState, String> {
+    let found = check(&root.join("2"), newest).map_err(|e| e.to_string())?;
+    let streams = streams(newest, &found);
+    let capacity = streams.values().next().map_or(0, |spec| spec.length);
+    let count = u32::try_from(streams.len()).unwrap();
+    let images = Images::over(Place::open(to).unwrap().descriptor().unwrap(), count, capacity);
+    let images = Arc::new(images);
+    let state = fill(&found, newest, &streams, images.clone()).map_err(|e| e.to_string())?;
+    let state = proto::ProcessState::decode(state.as_slice()).unwrap();
+    images.arrange(&state.images).map_err(|e| e.to_string())?;
+    Ok(state)
+}
+
+#[test]
+fn a_chain_is_read_as_rounds_from_the_oldest_on() {
+    let root = tempfile::tempdir().unwrap();
+    let all = chain(root.path());
+    // CRIU finds the images before by the link, wherever the snapshots are together.
+    let through = root.path().join("2/images/parent/parent/pages-1.img");
+    assert_eq!(fs::read(through).unwrap()[0], 1);
+    let to = tempfile::tempdir().unwrap();
+    let state = read_chain(root.path(), &all[2], to.path()).unwrap();
+    assert_eq!(state.images.len(), 3 * FILES.len());
+    for (place, content) in [("", 3), ("parent", 2), ("parent/parent", 1), ("round-1", 1)] {
+        for (name, length, _) in FILES {
+            let there = fs::read(to.path().join(place).join(name)).unwrap();
+            assert_eq!(there, vec![content; length], "{place}/{name}");
+        }
+    }
+    // All of it elsewhere is as good.
+    let moved = tempfile::tempdir().unwrap();
+    for number in ["0", "1", "2"] {
+        fs::rename(root.path().join(number), moved.path().join(number)).unwrap();
+    }
+    let to = tempfile::tempdir().unwrap();
+    read_chain(moved.path(), &all[2], to.path()).unwrap();
+}
+
+#[test]
+fn a_chain_with_a_link_that_is_missing_changed_or_another_is_refused_by_name() {
+    let refused = |what: &dyn Fn(&Path), words: &[&str]| {
+        let root = tempfile::tempdir().unwrap();
+        let all = chain(root.path());
+        what(root.path());
+        let to = tempfile::tempdir().unwrap();
+        let error = read_chain(root.path(), &all[2], to.path()).unwrap_err();
+        for word in words {
+            assert!(error.contains(word), "nothing of {word} in {error}");
+        }
+    };
+    refused(&|root| fs::remove_dir_all(root.join("1")).unwrap(), &["/1, which is not there"]);
+    refused(&|root| fs::remove_dir_all(root.join("0")).unwrap(), &["/0, which is not there"]);
+    let other = |root: &Path| {
+        let elsewhere = tempfile::tempdir().unwrap();
+        chain(elsewhere.path());
+        fs::remove_dir_all(root.join("1")).unwrap();
+        fs::rename(elsewhere.path().join("1"), root.join("1")).unwrap();
+    };
+    refused(&other, &["/1, which is another one by now"]);
+    for (number, name) in [("0", "pages-1.img"), ("1", "core-2.img")] {
+        let flip = |root: &Path| {
+            let path = root.join(number).join(IMAGES).join(name);
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[99] ^= 1;
+            fs::write(path, bytes).unwrap();
+        };
+        refused(&flip, &[name, &format!("/{number} "), "its content is not what was written"]);
+        let gone =
+            |root: &Path| fs::remove_file(root.join(number).join(IMAGES).join(name)).unwrap();
+        refused(&gone, &[name, "is missing"]);
+        let more = |root: &Path| fs::write(root.join(number).join("images/more.img"), "x").unwrap();
+        refused(&more, &["more.img", "does not belong to it"]);
+    }
+}
+
+#[test]
+fn only_a_snapshot_that_builds_on_another_has_a_link() {
+    let snapshot = Snapshot::new();
+    std::os::unix::fs::symlink("/", snapshot.directory.path().join("images/parent")).unwrap();
+    snapshot.refused(&["images/parent", "does not belong to it"]);
+    let mut snapshot = Snapshot::new();
+    snapshot.on_disk.version = CHAINED;
+    snapshot.refused(&["of another kind than its version"]);
 }
 
 #[test]

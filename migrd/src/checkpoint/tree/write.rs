@@ -13,7 +13,10 @@ use super::super::{
     CHUNKS, CheckpointError, How, MANIFEST, STATE, Written, blocking, carry, damaged, seal,
     sync_names,
 };
-use super::{IMAGES, IMAGES_PART, MANIFEST_PART, NEEDS, OnDisk, OnDiskFile, VERSION, read_through};
+use super::{
+    CHAINED, IMAGES, IMAGES_PART, MANIFEST_PART, NEEDS, OnDisk, OnDiskFile, Onto, PARENT, VERSION,
+    read_through,
+};
 use crate::registry::{FrozenWork, Registry, RegistryError, Saving, Status};
 use crate::units::PAGE_SIZE;
 use crate::workload::process::images::is_image_name;
@@ -27,6 +30,7 @@ struct Draft {
     place: Place,
     images: Place,
     status: Status,
+    onto: Onto,
 }
 
 /// What of a tree is not in CRIU's images.
@@ -62,13 +66,18 @@ pub(in super::super) async fn write(
     status: Status,
     directory: &Path,
     how: How,
+    onto: Onto,
 ) -> Result<(Written, Option<RegistryError>), CheckpointError> {
     let place = Place::open(directory)?;
     let images = place.make(IMAGES_PART)?;
-    let saving =
-        Saving { carry: carry(how.process), files: Some(images.descriptor()?), ends: how.ends };
+    let saving = Saving {
+        carry: carry(how.process, onto.chain()),
+        files: Some(images.descriptor()?),
+        onto: onto.link(),
+        ends: how.ends,
+    };
     let name = status.identity.name.clone();
-    let draft = Arc::new(Draft { place, images, status });
+    let draft = Arc::new(Draft { place, images, status, onto });
     let (report, reported) = oneshot::channel();
     let (drafting, path) = (draft.clone(), directory.to_owned());
     let work: FrozenWork = Box::new(move |workload: &mut dyn Workload| {
@@ -122,16 +131,22 @@ async fn save(
 
 /// Makes everything durable, and a snapshot of it.
 fn complete(draft: &Draft, content: Content) -> Result<Size, CheckpointError> {
-    let Draft { place, images, status } = draft;
+    let Draft { place, images, status, onto } = draft;
     let Content { state, needs, batches } = content;
     // Reads the files that it uses.
     let needs = needs().written;
     let mut image_files = Vec::new();
     for name in images.names()? {
+        if name == PARENT && onto.parent().is_some() {
+            continue;
+        }
         if !is_image_name(&name) {
             return Err(images.damaged(&name, "is no image of CRIU's"));
         }
         image_files.push(hash(images, &name)?);
+    }
+    if onto.parent().is_some() && images.link(PARENT)? != onto.link() {
+        return Err(images.damaged(PARENT, "does not lead to the images before"));
     }
     images.sync()?;
     place.rename(IMAGES_PART, IMAGES)?;
@@ -143,13 +158,15 @@ fn complete(draft: &Draft, content: Content) -> Result<Size, CheckpointError> {
     let pages = on_memory.map(|file| file.bytes / PAGE_SIZE).sum();
     let bytes = files.iter().chain(&image_files).map(|file| file.bytes).sum::<u64>();
     let on_disk = OnDisk {
-        version: VERSION,
+        version: if onto.parent().is_some() { CHAINED } else { VERSION },
         name: status.identity.name.clone(),
         kind: status.identity.kind,
         config: status.identity.config.clone(),
         batches,
         files,
         images: image_files,
+        id: Some(onto.id()),
+        parent: onto.parent().cloned(),
     };
     let manifest = seal(&on_disk).map_err(|e| damaged(place.path(), e))?;
     place.write(MANIFEST_PART, &manifest)?;

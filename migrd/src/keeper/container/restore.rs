@@ -24,6 +24,7 @@ use crate::keeper::hold::{
     Ended, Hold, News, Place, RELEASE_LIMIT, RESTORE_LOG, RESTORED, RESUMING, Work, conclude,
     system_failure,
 };
+use crate::keeper::lazy_pages::LazyPages;
 use crate::keeper::timers;
 
 /// How long runc may take to end when CRIU is done.
@@ -62,7 +63,11 @@ struct Restore<'a> {
 }
 
 impl Restore<'_> {
-    fn to_the_word(&self, lazy: bool, mut word: impl FnMut(u32) -> bool) -> Result<bool, Failure> {
+    fn to_the_word(
+        &self,
+        mut lazy_pages: Option<&mut LazyPages>,
+        mut word: impl FnMut(u32) -> bool,
+    ) -> Result<bool, Failure> {
         let system = |error: io::Error| system_failure(&error);
         let cgroup = Cgroup::at(&self.work.cgroup);
         let listener = self.prepare(&cgroup).map_err(system)?;
@@ -80,7 +85,7 @@ impl Restore<'_> {
         };
         let options = Options {
             auto_dedup: Some(true),
-            lazy_pages: lazy.then_some(true),
+            lazy_pages: lazy_pages.as_ref().map(|_| true),
             ..self.work.options(RESTORE_LOG)
         };
         relay.request(options).map_err(system)?;
@@ -94,6 +99,7 @@ impl Restore<'_> {
                 }
                 // CRIU is in the cgroup, too, and has to go on when that is frozen.
                 cgroup::take_in(relay.pid)?;
+                lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.check())?;
                 wanted = word(init);
                 deadline.set(Some(Instant::now() + RELEASE_LIMIT));
                 Ok(wanted)

@@ -221,6 +221,21 @@ impl Spec {
         paths.map(PathBuf::from).collect()
     }
 
+    /// The numbers of its devices: whether it is a block device, major, minor.
+    #[must_use]
+    pub fn device_numbers(&self) -> Vec<(bool, u32, u32)> {
+        let of = |device: &Value| {
+            let number = |name| u32::try_from(device.get(name)?.as_u64()?).ok();
+            let block = match device.get("type")?.as_str()? {
+                "b" => true,
+                "c" | "u" => false,
+                _ => return None,
+            };
+            Some((block, number("major")?, number("minor")?))
+        };
+        self.list("/linux/devices").filter_map(of).collect()
+    }
+
     /// The programs that runc runs for it on the host.
     #[must_use]
     pub fn hooks(&self) -> Vec<PathBuf> {
@@ -251,6 +266,16 @@ impl Spec {
     pub fn to_bytes(&self) -> Vec<u8> {
         // A map with strings as keys is always JSON.
         serde_json::to_vec(&self.whole).unwrap_or_default()
+    }
+
+    /// The same with a root file system elsewhere, for a message.
+    #[must_use]
+    pub fn with_rootfs(&self, path: &Path) -> Vec<u8> {
+        let mut whole = self.whole.clone();
+        if let Some(root) = whole.get_mut("root").and_then(Value::as_object_mut) {
+            root.insert("path".into(), json!(path.display().to_string()));
+        }
+        serde_json::to_vec(&whole).unwrap_or_default()
     }
 
     /// The same on one host: in that cgroup, and in the network namespace of that

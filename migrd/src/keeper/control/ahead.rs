@@ -17,9 +17,12 @@ pub(super) struct Ahead {
     filling: bool,
     /// Who waits for that.
     waits: Option<u64>,
-    /// What was asked meanwhile and has to wait, with its descriptor.
-    later: Vec<(proto::KeeperRequest, Option<OwnedFd>)>,
+    /// What was asked meanwhile and has to wait, with its descriptors.
+    later: Vec<Later>,
 }
+
+/// A request, with its descriptors.
+type Later = (proto::KeeperRequest, Vec<OwnedFd>);
 
 impl Ahead {
     /// Takes what would stop the tree in CRIU's hands, to be served later; gives back
@@ -27,8 +30,8 @@ impl Ahead {
     pub(super) fn put_off(
         &mut self,
         request: proto::KeeperRequest,
-        directory: Option<OwnedFd>,
-    ) -> Option<(proto::KeeperRequest, Option<OwnedFd>)> {
+        fds: Vec<OwnedFd>,
+    ) -> Option<Later> {
         let waits = match &request.request {
             Some(Request::Pause(_)) => self.writing,
             // What is not there yet can't be written.
@@ -38,9 +41,9 @@ impl Ahead {
             _ => false,
         };
         if !waits {
-            return Some((request, directory));
+            return Some((request, fds));
         }
-        self.later.push((request, directory));
+        self.later.push((request, fds));
         None
     }
 
@@ -90,11 +93,11 @@ impl Control {
         self.serve_later(later);
     }
 
-    fn serve_later(&mut self, later: Vec<(proto::KeeperRequest, Option<OwnedFd>)>) {
-        for (request, directory) in later {
+    fn serve_later(&mut self, later: Vec<Later>) {
+        for (request, fds) in later {
             // The first of them may begin the next; none of them ends the keeper.
-            if let Some((request, directory)) = self.ahead.put_off(request, directory) {
-                let _ = self.carry_out(request, directory);
+            if let Some((request, fds)) = self.ahead.put_off(request, fds) {
+                let _ = self.carry_out(request, fds);
             }
         }
     }

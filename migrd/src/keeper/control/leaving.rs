@@ -5,10 +5,10 @@ use std::os::fd::OwnedFd;
 
 use migr_proto::v1::{self as proto, keeper_message};
 
-use super::phase::{Phase, Told};
+use super::phase::{Phase, Stage, Told};
 use super::{Control, Failure};
 use crate::child::words;
-use crate::keeper::hold;
+use crate::keeper::hold::{self, Work};
 use crate::keeper::stdio::Stdio;
 
 impl Control {
@@ -16,36 +16,64 @@ impl Control {
         &mut self,
         dump: &proto::KeeperDump,
         images: Option<OwnedFd>,
+        page_server: Option<OwnedFd>,
+        id: u64,
     ) -> io::Result<()> {
         let was_paused = matches!(self.phase, Phase::Paused);
         self.expect(was_paused || matches!(self.phase, Phase::Running), "be dumped")?;
         let work = self.writing(images, dump.options, dump.parent.clone())?;
-        if !was_paused {
-            self.cgroup.freeze()?;
+        let work = Work { page_server, track: dump.track, ..work };
+        let teller = self.teller.clone();
+        self.dumps += 1;
+        let number = self.dumps;
+        let hold = hold::dump(work, self.init, move |news| teller.tell(Told::Dump(number, news)))?;
+        self.phase = Phase::Dumping {
+            hold,
+            was_paused,
+            stage: Stage::Starting(id),
+            word: None,
+            leave_running: dump.leave_running,
+        };
+        Ok(())
+    }
+
+    /// CRIU is ready to write it.
+    pub(super) fn ready(&mut self) {
+        let Phase::Dumping { stage, word, hold, .. } = &mut self.phase else { return };
+        let Stage::Starting(waits) = *stage else { return };
+        *stage = Stage::Ready;
+        // It was called off meanwhile.
+        if word.is_some() {
+            hold.say(false);
         }
+        self.reply(waits, Ok(()));
+    }
+
+    /// Ends a dump that has not touched the tree yet: another daemon has come, which
+    /// knows nothing of it.
+    pub(super) fn call_off(&mut self) {
+        let Phase::Dumping { stage, was_paused, hold, .. } = &self.phase else { return };
+        if stage.is_before() {
+            hold.say(false);
+            // What is still heard of it counts for nothing.
+            self.dumps += 1;
+            self.phase = if *was_paused { Phase::Paused } else { Phase::Running };
+        }
+    }
+
+    /// Stops the tree and lets CRIU write it.
+    pub(super) fn stop(&mut self) -> io::Result<()> {
+        let ready = matches!(self.phase, Phase::Dumping { stage: Stage::Ready, word: None, .. });
+        self.expect(ready, "be written, since no CRIU is ready to")?;
+        self.cgroup.freeze()?;
         if let Some(stdio) = &self.stdio {
             stdio.drain(&self.console);
         }
-        let teller = self.teller.clone();
-        let started = hold::dump(work, self.init, move |news| teller.tell(Told::Work(news)));
-        match started {
-            Ok(hold) => {
-                self.phase = Phase::Dumping {
-                    hold,
-                    was_paused,
-                    written: false,
-                    word: None,
-                    leave_running: dump.leave_running,
-                };
-                Ok(())
-            }
-            Err(error) => {
-                if !was_paused {
-                    self.cgroup.set_frozen(false)?;
-                }
-                Err(error)
-            }
+        if let Phase::Dumping { stage, hold, .. } = &mut self.phase {
+            *stage = Stage::Writing;
+            hold.say(true);
         }
+        Ok(())
     }
 
     /// Speaks the word over a dump; `None`: who asked is told when it is carried out.
@@ -59,10 +87,13 @@ impl Control {
                 None
             }
             Phase::Dumping { word: Some(_), .. } => Some(Err("it was told already".into())),
-            Phase::Dumping { hold, written, word, .. } => {
+            Phase::Dumping { hold, stage, word, .. } => {
                 *word = Some((die, id));
-                if *written {
-                    hold.say(die);
+                match stage {
+                    // It is not dumped after all.
+                    Stage::Ready => hold.say(false),
+                    Stage::Written => hold.say(die),
+                    Stage::Starting(_) | Stage::Writing => {}
                 }
                 None
             }
@@ -71,7 +102,7 @@ impl Control {
     }
 
     pub(super) fn kill(&mut self, id: u64) -> Option<Result<(), String>> {
-        if let Phase::Dumping { written: true, word: None, .. } = &self.phase {
+        if let Phase::Dumping { stage: Stage::Written, word: None, .. } = &self.phase {
             return self.speak(true, id);
         }
         Some(self.cgroup.kill().map_err(|e| words(&e)))
@@ -97,8 +128,8 @@ impl Control {
             processes: self.stats().processes,
         };
         self.queue(keeper_message::Message::Dumped(dumped));
-        if let Phase::Dumping { hold, written, word, leave_running, .. } = &mut self.phase {
-            *written = true;
+        if let Phase::Dumping { hold, stage, word, leave_running, .. } = &mut self.phase {
+            *stage = Stage::Written;
             match word {
                 Some((die, _)) => hold.say(*die),
                 None if *leave_running => hold.say(false),
@@ -109,6 +140,9 @@ impl Control {
 
     pub(super) fn dump_failed(&mut self, failure: &Failure) {
         eprintln!("its processes were not written: {failure}");
+        if let Phase::Dumping { stage: Stage::Starting(waits), .. } = self.phase {
+            self.reply(waits, Err(failure.to_string()));
+        }
         let dumped =
             proto::KeeperDumped { error: failure.to_string(), ..proto::KeeperDumped::default() };
         self.queue(keeper_message::Message::Dumped(dumped));

@@ -2,7 +2,7 @@
 //! ([`phase`]).
 //!
 //! ```text
-//!            start             dump
+//!            start          dump, stop
 //!   Empty ──────────▶ Running ──────▶ Dumping ──kill──▶ Ended
 //!     │ restore         ▲  ▲             │
 //!     │ or adopt        │  └────thaw─────┘        [`leaving`]
@@ -39,7 +39,7 @@ use crate::child::serving::{self, Line, Served, Then};
 use crate::child::words;
 use crate::sys::process::PidFd;
 use ahead::Ahead;
-use phase::{Phase, Teller, Told};
+use phase::{Phase, Stage, Teller, Told};
 
 /// The first byte of a connection to a keeper.
 pub const READY: u8 = b'K';
@@ -60,6 +60,8 @@ pub struct Control {
     /// Input to be typed when the tree runs.
     input: Vec<u8>,
     phase: Phase,
+    /// How many dumps were begun.
+    dumps: u64,
     ahead: Ahead,
     /// The tree's init.
     init: u32,
@@ -104,6 +106,7 @@ impl Control {
             stdio: None,
             input: Vec::new(),
             phase: Phase::Empty,
+            dumps: 0,
             ahead: Ahead::default(),
             init: 0,
             init_process: None,
@@ -217,8 +220,7 @@ impl Control {
     }
 
     fn type_in(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let lives = matches!(self.phase, Phase::Running | Phase::Paused);
-        self.expect(lives, "take input")?;
+        self.expect(self.phase.is_free(), "take input")?;
         match &mut self.stdio {
             Some(stdio) => stdio.input(bytes),
             None => Err(io::Error::other("it has no standard input")),
@@ -305,22 +307,34 @@ impl Control {
                 Some(_) => container::NETWORK_KEY,
                 None => hold::NETWORK_KEY,
             },
+            page_server: None,
             parent: String::new(),
+            track: false,
         })
     }
 
     fn hear(&mut self, told: Told) {
         match told {
             Told::End(init, status) => self.init_ended(init, status),
-            Told::Work(News::Dumped) => self.dumped(),
-            Told::Work(News::DumpFailed(failure)) => self.dump_failed(&failure),
-            Told::Work(News::DumpOver) => self.dump_over(),
-            Told::Work(News::AheadOver(result)) => self.ahead_over(result),
-            Told::Work(News::Restored(init)) => self.restored(init),
-            Told::Work(News::RestoreFailed(failure)) => self.restore_failed(&failure),
-            Told::Work(News::Filling) => self.ahead.fill(),
-            Told::Work(News::RestoreOver(result)) => self.restore_over(result),
-            Told::Work(News::Filled(result)) => self.filled(result),
+            Told::Work(news) => self.hear_of_work(news),
+            Told::Dump(number, news) if number == self.dumps => self.hear_of_work(news),
+            // It was called off.
+            Told::Dump(..) => {}
+        }
+    }
+
+    fn hear_of_work(&mut self, news: News) {
+        match news {
+            News::Ready => self.ready(),
+            News::Dumped => self.dumped(),
+            News::DumpFailed(failure) => self.dump_failed(&failure),
+            News::DumpOver => self.dump_over(),
+            News::AheadOver(result) => self.ahead_over(result),
+            News::Restored(init) => self.restored(init),
+            News::RestoreFailed(failure) => self.restore_failed(&failure),
+            News::Filling => self.ahead.fill(),
+            News::RestoreOver(result) => self.restore_over(result),
+            News::Filled(result) => self.filled(result),
         }
     }
 
@@ -336,8 +350,14 @@ impl Control {
             return;
         }
         let phase = std::mem::replace(&mut self.phase, Phase::Ended(status));
-        if let Phase::Dumping { word: Some((_, waits)), .. } = phase {
-            self.reply(waits, Ok(()));
+        // A CRIU that was to write it is told not to when its hold is gone.
+        if let Phase::Dumping { word, stage, .. } = phase {
+            if let Some((_, waits)) = word {
+                self.reply(waits, Ok(()));
+            }
+            if let Stage::Starting(waits) = stage {
+                self.reply(waits, Err("it has ended".into()));
+            }
         }
     }
 }
@@ -358,22 +378,24 @@ impl Served for Control {
 
     fn answer(&mut self, request: proto::KeeperRequest) -> Then {
         use keeper_request::Request;
-        let directory = match &request.request {
-            Some(
-                Request::Dump(_) | Request::Restore(_) | Request::Adopt(_) | Request::Ahead(_),
-            ) => self.line.take_fds(1).pop(),
-            _ => None,
+        let count = match &request.request {
+            Some(Request::Dump(dump)) => 1 + usize::from(dump.page_server),
+            Some(Request::Restore(_) | Request::Adopt(_) | Request::Ahead(_)) => 1,
+            _ => 0,
         };
-        match self.ahead.put_off(request, directory) {
-            Some((request, directory)) => self.carry_out(request, directory),
+        let fds = self.line.take_fds(count);
+        match self.ahead.put_off(request, fds) {
+            Some((request, fds)) => self.carry_out(request, fds),
             None => Then::Serve,
         }
     }
 }
 
 impl Control {
-    fn carry_out(&mut self, request: proto::KeeperRequest, directory: Option<OwnedFd>) -> Then {
+    fn carry_out(&mut self, request: proto::KeeperRequest, fds: Vec<OwnedFd>) -> Then {
         use keeper_request::Request;
+        let mut fds = fds.into_iter();
+        let directory = fds.next();
         let proto::KeeperRequest { id, request } = request;
         let Some(request) = request else {
             let text = "an empty request: the daemon is newer than this keeper";
@@ -384,6 +406,7 @@ impl Control {
         let result = match request {
             Request::Hello(proto::KeeperHello {}) => {
                 self.ahead.forget_daemon();
+                self.call_off();
                 let (config, status) = (Some(self.config.clone()), Some(self.status()));
                 let hello = proto::KeeperHelloReply { config, status };
                 self.reply_with(id, keeper_reply::Reply::Hello(hello));
@@ -400,7 +423,11 @@ impl Control {
             Request::Input(bytes) => self.type_in(&bytes).map_err(said),
             Request::Settle(proto::KeeperSettle {}) => Ok(()),
             Request::Terminate(proto::KeeperTerminate {}) => self.terminate().map_err(said),
-            Request::Dump(dump) => self.dump(&dump, directory).map_err(said),
+            Request::Dump(dump) => match self.dump(&dump, directory, fds.next(), id) {
+                Ok(()) => return Then::Serve,
+                Err(error) => Err(words(&error)),
+            },
+            Request::Stop(proto::KeeperStop {}) => self.stop().map_err(said),
             Request::Ahead(ahead) => match self.write_ahead(ahead, directory, id) {
                 Ok(()) => return Then::Serve,
                 Err(error) => Err(words(&error)),

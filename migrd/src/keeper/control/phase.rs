@@ -20,7 +20,7 @@ pub(super) enum Phase {
     Dumping {
         hold: Hold,
         was_paused: bool,
-        written: bool,
+        stage: Stage,
         /// The word was spoken: whether it is to die, and who waits for that.
         word: Option<(bool, u64)>,
         leave_running: bool,
@@ -42,13 +42,46 @@ pub(super) enum Phase {
     Ended(Option<ExitStatus>),
 }
 
+/// How far a dump is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// CRIU has begun, and the tree runs; who waits for it to be ready.
+    Starting(u64),
+    /// CRIU is ready, and the tree runs.
+    Ready,
+    /// The tree stands still, and is being written.
+    Writing,
+    /// It is written.
+    Written,
+}
+
+impl Stage {
+    /// Nothing was done to the tree yet.
+    pub(super) fn is_before(self) -> bool {
+        matches!(self, Self::Starting(_) | Self::Ready)
+    }
+}
+
 impl Phase {
+    /// The tree lives, and nobody but its user has stopped it.
+    pub(super) fn is_free(&self) -> bool {
+        match self {
+            Self::Running | Self::Paused => true,
+            Self::Dumping { stage, .. } => stage.is_before(),
+            _ => false,
+        }
+    }
+
     /// As a daemon is told of it; `init` is the tree's.
     pub(super) fn status(&self, init: u32) -> proto::KeeperStatus {
         let phase = match self {
             Self::Empty | Self::Restoring { .. } => proto::KeeperPhase::Empty,
             Self::Running => proto::KeeperPhase::Running,
             Self::Paused => proto::KeeperPhase::Paused,
+            Self::Dumping { stage, was_paused, .. } if stage.is_before() => match was_paused {
+                true => proto::KeeperPhase::Paused,
+                false => proto::KeeperPhase::Running,
+            },
             Self::Dumping { .. } => proto::KeeperPhase::Dumping,
             Self::Restored(_) | Self::Releasing { .. } => proto::KeeperPhase::Restored,
             Self::Ended(_) => proto::KeeperPhase::Ended,
@@ -71,6 +104,8 @@ impl Phase {
 #[derive(Debug)]
 pub(super) enum Told {
     Work(News),
+    /// The same, of the dump of that number.
+    Dump(u64, News),
     /// The init of that number has ended.
     End(u32, Option<ExitStatus>),
 }

@@ -102,6 +102,15 @@ pub struct JoinNamespace {
     pub extra_opt: Option<String>,
 }
 
+/// Where memory is sent to (`criu_page_server_info`).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Message)]
+pub struct PageServerInfo {
+    /// A connection to it, by its number in the CRIU process
+    /// ([`super::session::inherited`]).
+    #[prost(int32, optional, tag = "4")]
+    pub fd: Option<i32>,
+}
+
 /// How a dump or restore is done (`criu_opts`). The names are CRIU's own.
 #[derive(Clone, PartialEq, Eq, Hash, Message)]
 pub struct Options {
@@ -133,6 +142,9 @@ pub struct Options {
     /// The name of the log in the working directory; no path.
     #[prost(string, optional, tag = "10")]
     pub log_file: Option<String>,
+    /// Send memory there instead of writing it into images.
+    #[prost(message, optional, tag = "11")]
+    pub ps: Option<PageServerInfo>,
     /// Notify, and wait for an answer, at each step.
     #[prost(bool, optional, tag = "12")]
     pub notify_scripts: Option<bool>,

@@ -123,7 +123,7 @@ pub(super) fn made_anew(kind: Kind, tally: &Tally) -> Duration {
     match kind {
         Kind::Vm => Duration::ZERO,
         Kind::Process | Kind::Container => {
-            let sent = tally.lanes.data_pages;
+            let sent = tally.lanes.data_pages.saturating_sub(tally.file_pages);
             making(tally.rounds.first().map_or(sent, |round| round.pages))
         }
     }

@@ -5,6 +5,7 @@
 //! Only [`released::Released`] can't abort.
 
 mod copies;
+mod files;
 mod offered;
 mod precopy;
 pub mod released;
@@ -56,7 +57,8 @@ impl Request {
     /// What of the workload travels, and what may be done to it for that.
     #[must_use]
     pub fn carry(&self) -> Carry {
-        Carry { disks: self.copy_disks, to_files: false, process: self.process }
+        let (disks, verify, process) = (self.copy_disks, self.verify, self.process);
+        Carry { disks, verify, process, ..Carry::default() }
     }
 }
 

@@ -45,14 +45,16 @@ impl Offered {
         Ok(Self(run))
     }
 
-    /// Sends memory in rounds while the workload runs; in mode `stop`, nothing.
+    /// Sends memory in rounds while the workload runs; in mode `stop`, only
+    /// files that go ahead in any mode.
     pub(super) async fn precopy(self) -> Result<Copied, Aborted> {
-        match (self.0.context().mode.mode, self.0.workload.ahead()) {
-            (Mode::Stop, _) => Ok(Copied::nothing(self.0)),
-            (Mode::Precopy, Ahead::Pages) => Copied::by_rounds(self.0).await,
-            (Mode::Precopy, Ahead::Copies { .. }) => Copied::by_copies(self.0).await,
+        let run = self.0.send_files().await?;
+        match (run.context().mode.mode, run.workload.ahead()) {
+            (Mode::Stop, _) => Ok(Copied::nothing(run)),
+            (Mode::Precopy, Ahead::Pages) => Copied::by_rounds(run).await,
+            (Mode::Precopy, Ahead::Copies { .. }) => Copied::by_copies(run).await,
             (Mode::Precopy, Ahead::Not(why)) => {
-                Err(self.0.abort(WorkloadError::new(why).into()).await)
+                Err(run.abort(WorkloadError::new(why).into()).await)
             }
         }
     }

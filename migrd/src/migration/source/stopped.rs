@@ -47,6 +47,7 @@ impl Stopped {
         run.record.tally.downtime.pause = started.elapsed();
         let order = run.send_rest().await;
         let (run, order) = run.or_abort(order).await?;
+        failpoint::reach(format_args!("source-written"));
         Ok(Self { run, order })
     }
 
@@ -120,7 +121,8 @@ impl Run {
         };
         if matches!(self.workload.ahead(), Ahead::Copies { .. } | Ahead::Not(_)) {
             self.record.tally.followed_by(pages);
-            let ahead: u64 = self.record.tally.rounds.iter().map(|round| round.pages).sum();
+            let rounds: u64 = self.record.tally.rounds.iter().map(|round| round.pages).sum();
+            let ahead = rounds + self.record.tally.file_pages;
             self.record.tally.skipped = skipped(self.workload.as_ref(), ahead + pages);
         } else if self.record.tally.rounds.is_empty() {
             self.record.tally.skipped = skipped(self.workload.as_ref(), pages);

@@ -63,6 +63,11 @@ impl Owner {
             mode,
             lanes: self.shared.lanes,
             populated_bytes: on_disks + populated,
+            files_bytes: match identity.kind {
+                // Disks go by rounds, or at the stop, as memory does.
+                Kind::Vm => 0,
+                Kind::Process | Kind::Container => on_disks,
+            },
             known_rate: rates.get(peer.address()).copied().unwrap_or(0.0),
             fixed_cost: match identity.kind {
                 Kind::Vm => fixed_cost,

@@ -40,6 +40,8 @@ pub struct Saving {
     pub carry: Carry,
     /// Where its files go, if it saves files.
     pub files: Option<OwnedFd>,
+    /// Where the files are that they build on, relative to that; empty: on none.
+    pub onto: String,
     /// It ends when it is saved.
     pub ends: bool,
 }
@@ -396,12 +398,12 @@ impl Owner {
     }
 
     async fn frozen(&mut self, how: Saving, work: FrozenWork) -> Result<Duration, RegistryError> {
-        let Saving { carry, files, ends } = how;
+        let Saving { carry, files, onto, ends } = how;
         let workload = self.live("checkpointed")?;
         // A migration that failed may have chosen something else.
         workload.carry(carry).await?;
         if let Some(directory) = files {
-            workload.save_files_in(directory).await?;
+            workload.save_files_in(directory, onto).await?;
         }
         let started = Instant::now();
         workload.freeze().await?;

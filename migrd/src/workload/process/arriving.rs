@@ -1,6 +1,5 @@
 //! A process tree that is on its way to this host.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +14,7 @@ use super::keeper::{Keeper, OUTPUT_LOG};
 use super::leaving::STATE_VERSION;
 use super::net::{self, Network};
 use super::remains::{put_away, remove};
+use super::rootfs::{self, ROOTFS_STREAM};
 use super::running::Tree;
 use super::streams::TreeStreams;
 use super::{LOG_STREAM, failed, log_spec, told, versions};
@@ -44,25 +44,32 @@ pub(super) struct ArrivingTree {
 }
 
 /// Takes what arrives.
-struct Landing(TreeStreams);
+struct Landing {
+    tree: TreeStreams,
+    /// Its root file system, if that comes along.
+    rootfs: Option<rootfs::Landing>,
+}
 
 impl ChunkSink for Landing {
     fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream> {
-        match key {
-            LOG_STREAM => self.0.log().write(key, offset, bytes),
-            _ => self.0.images().write(key, offset, bytes),
+        match (key, &self.rootfs) {
+            (LOG_STREAM, _) => self.tree.log().write(key, offset, bytes),
+            (ROOTFS_STREAM, Some(rootfs)) => rootfs.write(key, offset, bytes),
+            _ => self.tree.images().write(key, offset, bytes),
         }
     }
 
     fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {
-        match key {
-            LOG_STREAM => self.0.log().zero(key, offset, length),
-            _ => self.0.images().zero(key, offset, length),
+        match (key, &self.rootfs) {
+            (LOG_STREAM, _) => self.tree.log().zero(key, offset, length),
+            (ROOTFS_STREAM, Some(rootfs)) => rootfs.zero(key, offset, length),
+            _ => self.tree.images().zero(key, offset, length),
         }
     }
 
     fn trouble(&self) -> Option<String> {
-        self.0.images().trouble()
+        let rootfs = self.rootfs.as_ref().and_then(ChunkSink::trouble);
+        rootfs.or_else(|| self.tree.images().trouble())
     }
 }
 
@@ -79,17 +86,15 @@ fn limit(images: &[proto::ProcessImage]) -> Duration {
 /// Whether a tree of such images had better run before all its memory is in place.
 /// What CRIU starts for that takes about as long as to put 32 MiB in place. Processes
 /// that have memory in common, as after a fork(2), would each get their own: so only
-/// where nearly all of it is one process'.
+/// where nearly all of it is one process'. Not of images that build on others.
 fn memory_follows(images: &[proto::ProcessImage]) -> bool {
-    let mut rounds: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
-    for image in images.iter().filter(|image| image.name.starts_with(APPENDED)) {
-        let (all, most) = rounds.entry(image.round).or_default();
-        *all = all.saturating_add(image.length);
-        *most = image.length.max(*most);
-    }
-    let sum = |add: fn(&(u64, u64)) -> u64| rounds.values().map(add).fold(0, u64::saturating_add);
-    let (most, others) = (sum(|(_, most)| *most), sum(|(all, most)| all - most));
-    most >= FOLLOWS_FROM && others <= most / 16
+    let memory = images.iter().filter(|image| image.name.starts_with(APPENDED));
+    let mut lengths: Vec<u64> = memory.map(|image| image.length).collect();
+    lengths.sort_unstable();
+    let most = lengths.pop().unwrap_or(0);
+    let others = lengths.into_iter().fold(0, u64::saturating_add);
+    let in_rounds = images.iter().any(|image| image.round > 0);
+    !in_rounds && most >= FOLLOWS_FROM && others <= most / 16
 }
 
 /// What an arriving tree is made of.
@@ -99,8 +104,10 @@ pub(super) struct Parts {
     pub(super) cgroup: PathBuf,
     pub(super) keeper: Arc<Keeper>,
     pub(super) network: Option<Network>,
-    /// Its streams, the log's left out.
+    /// Its streams, those of the log and of the root file system left out.
     pub(super) images: Vec<StreamSpec>,
+    /// Its root file system, if that comes along.
+    pub(super) rootfs: Option<rootfs::Landing>,
     /// Whether the kernel here tells what it writes to its memory.
     pub(super) tracks: bool,
     /// Whether memory can be put in place here when it runs.
@@ -111,13 +118,15 @@ pub(super) struct Parts {
 
 impl ArrivingTree {
     pub(super) fn new(parts: Parts) -> Result<Self, WorkloadError> {
-        let Parts { id, directory, cgroup, keeper, network, images, tracks, lazy, criu } = parts;
+        let Parts { id, directory, cgroup, keeper, network, images, rootfs, tracks, lazy, criu } =
+            parts;
         let mut options = std::fs::OpenOptions::new();
         let log = options.read(true).write(true).open(directory.join(OUTPUT_LOG));
         let log = LogStream::new(log.map_err(failed("open its log"))?, LOG_STREAM);
         let count = u32::try_from(images.len()).unwrap_or(u32::MAX);
         let length = images.first().map_or(0, |spec| spec.length);
-        let chunks = Arc::new(Landing(TreeStreams::new(log, Images::new(count, length)?)));
+        let tree = TreeStreams::new(log, Images::new(count, length)?);
+        let chunks = Arc::new(Landing { tree, rootfs });
         let streams = [vec![log_spec()], images].concat();
         Ok(Self {
             id,
@@ -164,8 +173,11 @@ impl Arriving for ArrivingTree {
             return Err(WorkloadError::new(format!("{message}: {remedy}")));
         }
         let chunks = self.chunks.clone();
+        rootfs::apart(move || chunks.rootfs.as_ref().map_or(Ok(()), rootfs::Landing::complete))
+            .await?;
+        let chunks = self.chunks.clone();
         let images = state.images.clone();
-        let arranged = tokio::task::spawn_blocking(move || chunks.0.images().arrange(&images));
+        let arranged = tokio::task::spawn_blocking(move || chunks.tree.images().arrange(&images));
         arranged.await.map_err(|e| WorkloadError::caused("arranging its images failed", e))??;
         let options = state.options;
         let proto::ProcessState { images, .. } = state;
@@ -176,14 +188,21 @@ impl Arriving for ArrivingTree {
             options,
             lazy: self.lazy && memory_follows(&images),
         };
-        let directory = self.chunks.0.images().directory()?;
+        let directory = self.chunks.tree.images().directory()?;
         let restored = self.keeper.done_with(Request::Restore(restore), vec![directory]).await;
         restored.map_err(|error| WorkloadError::new(error.to_string()))
     }
 
     async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError> {
         let (chunks, streams) = (self.chunks.clone(), self.streams.clone());
-        let hashed = tokio::task::spawn_blocking(move || chunks.0.hash(&streams)).await;
+        let hashed = tokio::task::spawn_blocking(move || {
+            let mut hashes = chunks.tree.hash(&streams)?;
+            if let Some(rootfs) = &chunks.rootfs {
+                hashes.push(StreamHash { key: ROOTFS_STREAM, hash: rootfs.hash()? });
+            }
+            Ok(hashes)
+        })
+        .await;
         hashed.unwrap_or_else(|e| Err(WorkloadError::caused("hashing its images failed", e)))
     }
 
@@ -234,6 +253,7 @@ impl Arriving for ArrivingTree {
             tracing::warn!(id = %self.id, %error, "the network of a process tree stays behind");
         }
         super::container::clear(&self.directory, &self.cgroup).await;
+        super::carried::clear(&self.directory).await;
         remove(&self.directory);
     }
 }
@@ -255,14 +275,13 @@ mod tests {
             (vec![image(0, "core-1.img", 512)], false),
             (vec![image(0, "pages-1.img", 512), image(0, "pages-2.img", 8)], true),
             (vec![image(0, "pages-1.img", 512), image(0, "pages-2.img", 500)], false),
-            (vec![image(1, "pages-1.img", 500), image(0, "pages-2.img", 12)], true),
+            (vec![image(1, "pages-1.img", 500), image(0, "pages-1.img", 500)], false),
             (Vec::new(), false),
         ];
         for (images, follows) in table {
             assert_eq!(memory_follows(&images), follows, "{images:?}");
         }
-        let huge =
-            [image(0, "pages-1.img", u64::MAX >> 20), image(1, "pages-1.img", u64::MAX >> 20)];
-        assert!(memory_follows(&huge));
+        let huge = |name| image(0, name, u64::MAX >> 20);
+        assert!(!memory_follows(&[huge("pages-1.img"), huge("pages-2.img")]));
     }
 }

@@ -48,14 +48,16 @@ pub(super) fn find_runc(named: Option<&Path>) -> Result<PathBuf, String> {
     }
 }
 
-/// What of a container's surroundings is not on this host.
-pub(super) fn lacking(spec: &Spec) -> Vec<Problem> {
+/// What of a container's surroundings is not on this host. `brought`: its root file
+/// system comes with it.
+pub(super) fn lacking(spec: &Spec, brought: bool) -> Vec<Problem> {
     let mut problems = Vec::new();
     let mut missing = |code: &'static str, what: String, remedy: &str| {
         problems.push(Problem::new(code, what, remedy));
     };
     let rootfs = spec.rootfs();
     match fs::metadata(rootfs) {
+        _ if brought => {}
         Ok(found) if found.is_dir() => {}
         Ok(_) => missing(
             "container-rootfs",
@@ -65,7 +67,8 @@ pub(super) fn lacking(spec: &Spec) -> Vec<Problem> {
         Err(error) => missing(
             "container-rootfs",
             format!("the root file system {} is not there: {error}", rootfs.display()),
-            "copy it there (rsync -aHAX --numeric-ids), or put it on storage that both hosts share",
+            "copy it there (rsync -aHAX --numeric-ids), put it on storage that both hosts share, or \
+             start the container with --rootfs copy",
         ),
     }
     for (inside, source) in spec.binds() {

@@ -17,12 +17,14 @@ use migr_proto::v1::{KeeperPhase, ProcessConfig, ProcessNeeds};
 use prost::Message;
 
 use super::arriving::{ArrivingTree, Parts};
+use super::carried;
 use super::container;
 use super::images::FIRST_STREAM;
 use super::keeper::{Keeper, KeeperError, KeeperSpec};
 use super::net::{self, Network};
 use super::preflight::files;
 use super::remains::{clear_cgroup, put_away, remove};
+use super::rootfs::{self, ROOTFS_STREAM};
 use super::running::Tree;
 use super::{Candidate, LOG_STREAM, MAX_IMAGE_STREAMS, Starts, log_spec, told, versions};
 use crate::host_memory::HostMemory;
@@ -32,7 +34,9 @@ use crate::keeper::criu::Criu;
 use crate::units::WorkloadId;
 use crate::workload::link::LinkError;
 use crate::workload::vm::Site;
-use crate::workload::{Arriving, Engine, Manifest, Problem, Recovers, Workload, WorkloadError};
+use crate::workload::{
+    Arriving, Engine, Manifest, Problem, Recovers, StreamSpec, Workload, WorkloadError,
+};
 
 /// The version of a [`ProcessConfig`] that this migrd writes.
 const CONFIG_VERSION: u32 = 1;
@@ -75,6 +79,8 @@ impl ProcessEngine {
     pub fn of_containers(self, named: Option<&Path>) -> std::io::Result<Self> {
         let root = runc_root(&self.directory.join("any"));
         DirBuilder::new().recursive(true).mode(PRIVATE).create(root)?;
+        let rootfs = rootfs::places(&self.directory.join("any"));
+        DirBuilder::new().recursive(true).mode(PRIVATE).create(rootfs)?;
         Ok(Self { runc: Some(container::find_runc(named)), ..self })
     }
 
@@ -205,6 +211,44 @@ impl ProcessEngine {
         Ok(Some((Arc::new(keeper), network)))
     }
 
+    /// Makes room for the root file system that `manifest` brings, if it does; what
+    /// this host makes the container of.
+    async fn land(
+        &self,
+        manifest: &Manifest,
+        config: ProcessConfig,
+    ) -> Result<(Option<rootfs::Landing>, ProcessConfig), WorkloadError> {
+        let Some(spec) = rootfs_of(manifest).cloned() else { return Ok((None, config)) };
+        let directory = self.place(manifest.workload);
+        let place = rootfs::place_of(&directory);
+        let list = carried::list_in(&manifest.needs).unwrap_or_default();
+        let (devices, home) = (carried::devices_of(&config)?, carried::at_home(&config, &place)?);
+        carried::clear(&directory).await;
+        let made = rootfs::apart(move || rootfs::Landing::make(&place, &spec, list, devices));
+        match made.await {
+            Ok(landing) => Ok((Some(landing), home)),
+            Err(error) => {
+                carried::clear(&directory).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// What keeps the root file system that `manifest` brings from being taken.
+    async fn no_room_for(&self, manifest: &Manifest, config: &ProcessConfig) -> Vec<Problem> {
+        let (Some(spec), Ok(devices)) = (rootfs_of(manifest), carried::devices_of(config)) else {
+            return Vec::new();
+        };
+        let (spec, list) = (spec.clone(), carried::list_in(&manifest.needs));
+        let places = rootfs::places(&self.directory.join("any"));
+        let looked = tokio::task::spawn_blocking(move || {
+            rootfs::problems(&places, &spec, list.as_ref(), devices)
+        });
+        looked.await.unwrap_or_else(|error| {
+            vec![Problem::new("engine", error.to_string(), "see the log of that host's migrd")]
+        })
+    }
+
     async fn find_tree(&self, id: WorkloadId, paused: bool) -> Result<Option<Tree>, WorkloadError> {
         let Some((keeper, network)) = self.adopt(id).await? else { return Ok(None) };
         let cgroup = self.cgroup(id)?;
@@ -256,6 +300,10 @@ impl Starts for ProcessEngine {
         self.take_over(id, candidate).await
     }
 
+    fn rootfs_of(&self, id: WorkloadId) -> Option<PathBuf> {
+        rootfs::arrived(&rootfs::place_of(&self.place(id)))
+    }
+
     fn problem(&self) -> Option<String> {
         let criu = self.criu.as_ref().as_ref().err().cloned();
         criu.or_else(|| cgroup::root().err().map(|error| error.to_string())).or(self.no_runc())
@@ -279,7 +327,9 @@ impl Engine for ProcessEngine {
         match offered(manifest).and_then(|config| self.is_for(&config).map(|()| config)) {
             Ok(config) => {
                 if let Ok(Some(spec)) = super::container_of(&config) {
-                    problems.extend(container::lacking(&spec));
+                    let brought = rootfs_of(manifest);
+                    problems.extend(container::lacking(&spec, brought.is_some()));
+                    problems.extend(self.no_room_for(manifest, &config).await);
                 }
                 let id = manifest.workload;
                 problems.extend(config.net.iter().flat_map(|net| net::problems(id, net)));
@@ -295,6 +345,7 @@ impl Engine for ProcessEngine {
     async fn clear(&self, id: WorkloadId) {
         let directory = self.place(id);
         if !directory.exists() {
+            carried::clear(&directory).await;
             return;
         }
         if let Ok(cgroup) = self.cgroup(id) {
@@ -309,17 +360,26 @@ impl Engine for ProcessEngine {
         if let Err(error) = net::remove(id).await {
             tracing::warn!(%id, %error, "the network of a process tree stays behind");
         }
+        carried::clear(&directory).await;
         remove(&directory);
     }
 
     async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError> {
         let config = offered(manifest)?;
         let id = manifest.workload;
-        let (keeper, network, cgroup) = self.keep(id, &config).await?;
-        let images = manifest.streams.iter().filter(|s| s.key != LOG_STREAM).cloned().collect();
         let directory = self.place(id);
+        let (rootfs, config) = self.land(manifest, config).await?;
+        let kept = self.keep(id, &config).await;
+        if kept.is_err() {
+            carried::clear(&directory).await;
+        }
+        let (keeper, network, cgroup) = kept?;
+        let others = [LOG_STREAM, ROOTFS_STREAM];
+        let images = manifest.streams.iter().filter(|s| !others.contains(&s.key)).cloned();
+        let images = images.collect();
         let (tracks, lazy, criu) = (self.tracks(), self.fills_later(), self.criu_version());
-        let parts = Parts { id, directory, cgroup, keeper, network, images, tracks, lazy, criu };
+        let parts =
+            Parts { id, directory, cgroup, keeper, network, images, rootfs, tracks, lazy, criu };
         match ArrivingTree::new(parts) {
             Ok(arriving) => Ok(Box::new(arriving)),
             Err(error) => {
@@ -334,7 +394,8 @@ impl Engine for ProcessEngine {
 async fn lacking(needs: &[u8], own_criu: &str) -> Vec<Problem> {
     let remedy = "bring both daemons to the same version";
     let odd = |what: String| vec![Problem::new("engine", what, remedy)];
-    let ProcessNeeds { files, resident_bytes, criu } = match ProcessNeeds::decode(needs) {
+    let ProcessNeeds { files, resident_bytes, criu, rootfs: _ } = match ProcessNeeds::decode(needs)
+    {
         Ok(needs) => needs,
         Err(error) => return odd(format!("what the process tree needs is damaged: {error}")),
     };
@@ -356,6 +417,11 @@ async fn lacking(needs: &[u8], own_criu: &str) -> Vec<Problem> {
     problems
 }
 
+/// The stream of the root file system that comes along, if it does.
+fn rootfs_of(manifest: &Manifest) -> Option<&StreamSpec> {
+    manifest.streams.iter().find(|spec| spec.key == ROOTFS_STREAM)
+}
+
 /// What a peer offers, checked.
 fn offered(manifest: &Manifest) -> Result<ProcessConfig, WorkloadError> {
     let config = ProcessConfig::decode(manifest.config.as_slice()).map_err(|e| {
@@ -363,10 +429,11 @@ fn offered(manifest: &Manifest) -> Result<ProcessConfig, WorkloadError> {
     })?;
     check(&config)?;
     let odd = || WorkloadError::new("the streams of a process tree are not as they must be");
-    let mut images = Vec::new();
+    let (mut images, mut others) = (Vec::new(), 1);
     for spec in &manifest.streams {
         match spec.key {
             LOG_STREAM if spec.length == log_spec().length => {}
+            ROOTFS_STREAM if carried::is_carried(&config) => others += 1,
             _ => images.push(spec),
         }
     }
@@ -375,7 +442,7 @@ fn offered(manifest: &Manifest) -> Result<ProcessConfig, WorkloadError> {
         spec.key.0 == key && Some(spec.length) == images.first().map(|first| first.length)
     });
     let few = u32::try_from(count).is_ok_and(|count| count <= MAX_IMAGE_STREAMS);
-    if !right || !few || count + 1 != manifest.streams.len() {
+    if !right || !few || count + others != manifest.streams.len() {
         return Err(odd());
     }
     Ok(config)
@@ -443,14 +510,17 @@ impl Recovers for ProcessEngine {
         }
         let (directory, cgroup) = (self.place(id), self.cgroup(id)?);
         let (images, tracks, criu) = (Vec::new(), self.tracks(), self.criu_version());
-        let lazy = self.fills_later();
-        let parts = Parts { id, directory, cgroup, keeper, network, images, tracks, lazy, criu };
+        let (rootfs, lazy) = (None, self.fills_later());
+        let parts =
+            Parts { id, directory, cgroup, keeper, network, images, rootfs, tracks, lazy, criu };
         Ok(Some(Box::new(ArrivingTree::new(parts)?)))
     }
 
     async fn sweep(&self, known: &BTreeSet<WorkloadId>) {
-        let Ok(entries) = std::fs::read_dir(&self.directory) else { return };
-        for entry in entries.flatten() {
+        // What was begun may have no other directory yet, or none any more.
+        let came = self.runc.as_ref().map(|_| rootfs::places(&self.directory.join("any")));
+        let places = [Some(self.directory.clone()), came].into_iter().flatten();
+        for entry in places.filter_map(|place| std::fs::read_dir(place).ok()).flatten().flatten() {
             let name = entry.file_name();
             let id = name.to_str().and_then(|n| WorkloadId::from_str(n).ok());
             let Some(id) = id.filter(|id| !known.contains(id)) else { continue };

@@ -9,11 +9,14 @@
 //! What was written while the tree ran is in a directory of its own for each round
 //! ([`rounds`]); the images of the stop are at the top, and build on those.
 
+mod frozen;
+pub mod page_server;
 pub mod rounds;
+mod source;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,7 +30,9 @@ use nix::sys::statfs::fstatfs;
 use crate::host_memory::HostMemory;
 use crate::sys::{memfd, tmpfs};
 use crate::units::PAGE_SIZE;
-use crate::workload::{ChunkSink, ChunkSource, OutOfStream, StreamKey};
+use crate::workload::{ChunkSink, OutOfStream, StreamKey};
+use frozen::Frozen;
+use source::Opened;
 
 /// What all image files of CRIU's are called.
 const SUFFIX: &str = ".img";
@@ -58,7 +63,9 @@ pub struct Images {
     streams: u32,
     /// They are where they are to be, and nobody's to send.
     stay: bool,
-    open: Mutex<BTreeMap<StreamKey, Arc<File>>>,
+    open: Mutex<BTreeMap<StreamKey, Arc<Opened>>>,
+    /// What of images is in processes, by the name of the file.
+    frozen: Mutex<BTreeMap<String, Arc<Frozen>>>,
     /// Why something that arrived could not be put down, the first time.
     trouble: Mutex<Option<String>>,
 }
@@ -126,14 +133,20 @@ impl Images {
     /// Those in a directory.
     #[must_use]
     pub fn over(directory: OwnedFd, streams: u32, capacity: u64) -> Self {
-        let (open, trouble) = (Mutex::default(), Mutex::default());
-        Self { directory, capacity, streams, stay: false, open, trouble }
+        let (open, frozen, trouble) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { directory, capacity, streams, stay: false, open, frozen, trouble }
     }
 
     /// Those that come to be in a directory of somebody else's, and stay there.
     #[must_use]
     pub fn that_stay(directory: OwnedFd) -> Self {
         Self { stay: true, ..Self::over(directory, 0, 0) }
+    }
+
+    /// Whether they are where they are to be, and nobody's to send.
+    #[must_use]
+    pub fn stay(&self) -> bool {
+        self.stay
     }
 
     /// Their directory.
@@ -144,7 +157,7 @@ impl Images {
         self.directory.try_clone().map_err(system("duplicate a descriptor"))
     }
 
-    fn opened(&self) -> MutexGuard<'_, BTreeMap<StreamKey, Arc<File>>> {
+    fn opened(&self) -> MutexGuard<'_, BTreeMap<StreamKey, Arc<Opened>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -227,34 +240,6 @@ impl Images {
         opened.map_err(|e| system("open the images")(e.into()))
     }
 
-    /// Makes a file of this source's a stream.
-    ///
-    /// # Errors
-    /// When it is too long, or there are too many.
-    pub fn announce(&self, number: u32, image: &Image) -> Result<(), ImagesError> {
-        if number >= self.streams {
-            let (what, allowed) = (format!("{} files", number + 1), self.streams.to_string());
-            return Err(ImagesError::Grown { what, allowed });
-        }
-        self.fits(image)?;
-        let file = self.open_file(image.round, &image.name, OFlag::O_RDONLY);
-        let file = file.map_err(system(format!("open {}", image.name)))?;
-        self.opened().insert(StreamKey(FIRST_STREAM + number), Arc::new(file));
-        Ok(())
-    }
-
-    /// Whether it is not longer than was announced.
-    ///
-    /// # Errors
-    /// When it is.
-    pub fn fits(&self, image: &Image) -> Result<(), ImagesError> {
-        if image.length <= self.capacity {
-            return Ok(());
-        }
-        let mib = |bytes: u64| format!("{} MiB in one file", bytes >> 20);
-        Err(ImagesError::Grown { what: mib(image.length), allowed: mib(self.capacity) })
-    }
-
     /// How many pages a stream can have.
     #[must_use]
     pub fn pages(&self) -> u64 {
@@ -297,15 +282,6 @@ impl Images {
         Ok(wire)
     }
 
-    fn read_whole(&self, round: u32, name: &str) -> Result<Vec<u8>, ImagesError> {
-        let mut bytes = Vec::new();
-        let file = self.open_file(round, name, OFlag::O_RDONLY);
-        let file = file.map_err(system(format!("open {name}")))?;
-        let read = file.take(ALL_WHOLE_BYTES).read_to_end(&mut bytes);
-        read.map_err(system(format!("read {name}")))?;
-        Ok(bytes)
-    }
-
     /// Gives what has arrived the names and lengths that the state says, and adds
     /// what the state has whole.
     ///
@@ -338,7 +314,7 @@ impl Images {
                         return Err(odd("a file is of a stream that was not announced"));
                     }
                     let file = self.sink(key).map_err(system("open a stream"))?;
-                    file.set_len(*length).map_err(system("give a stream its length"))?;
+                    file.file.set_len(*length).map_err(system("give a stream its length"))?;
                     self.opened().remove(&key);
                     let (from, to) = (stream_name(key), rounds::path_of(*round, name));
                     let directory = self.directory.as_fd();
@@ -375,55 +351,16 @@ impl Images {
     }
 
     /// The file that a stream arrives in.
-    fn sink(&self, key: StreamKey) -> io::Result<Arc<File>> {
+    fn sink(&self, key: StreamKey) -> io::Result<Arc<Opened>> {
         let mut open = self.opened();
-        if let Some(file) = open.get(&key) {
-            return Ok(Arc::clone(file));
+        if let Some(opened) = open.get(&key) {
+            return Ok(Arc::clone(opened));
         }
         let flags = OFlag::O_RDWR | OFlag::O_CREAT;
-        let file = Arc::new(self.open_file(0, &stream_name(key), flags)?);
-        open.insert(key, Arc::clone(&file));
-        Ok(file)
-    }
-
-    fn source(&self, key: StreamKey) -> Option<Arc<File>> {
-        self.opened().get(&key).map(Arc::clone)
-    }
-
-    /// BLAKE3 over the pages of a stream that are not zero, in ascending order: each
-    /// page's index (u64, little endian) and then its bytes, as for guest memory.
-    ///
-    /// # Errors
-    /// When it can't be read.
-    pub fn hash(&self, key: StreamKey) -> io::Result<[u8; 32]> {
-        let mut hasher = blake3::Hasher::new();
-        let Some(file) = self.source(key) else { return Ok(*hasher.finalize().as_bytes()) };
-        let length = file.metadata()?.len();
-        let mut chunk = vec![0; 1 << 20];
-        let page_bytes = crate::units::PAGE_BYTES;
-        let mut offset = 0;
-        while offset < length {
-            fill(&file, offset, &mut chunk)?;
-            for (index, page) in (offset / PAGE_SIZE..).zip(chunk.chunks(page_bytes)) {
-                if page.iter().any(|b| *b != 0) {
-                    hasher.update(&index.to_le_bytes());
-                    hasher.update(page);
-                }
-            }
-            offset += chunk.len() as u64;
-        }
-        Ok(*hasher.finalize().as_bytes())
-    }
-
-    /// Whether anything of a file is there: a hole says no.
-    ///
-    /// # Errors
-    /// When it can't be looked at.
-    pub fn is_hole(&self, key: StreamKey, offset: u64, length: u64) -> io::Result<bool> {
-        match self.source(key) {
-            Some(file) => memfd::is_hole(&file, offset, offset + length),
-            None => Ok(true),
-        }
+        let file = self.open_file(0, &stream_name(key), flags)?;
+        let opened = Arc::new(Opened { file, frozen: None });
+        open.insert(key, Arc::clone(&opened));
+        Ok(opened)
     }
 }
 
@@ -449,45 +386,11 @@ fn stream_name(key: StreamKey) -> String {
     format!("stream-{}", key.0)
 }
 
-/// Reads at `offset`; zeros beyond the end.
-fn fill(file: &File, offset: u64, into: &mut [u8]) -> io::Result<()> {
-    let mut done = 0;
-    while done < into.len() {
-        match file.read_at(&mut into[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(length) => done += length,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    into[done..].fill(0);
-    Ok(())
-}
-
-impl ChunkSource for Images {
-    fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream> {
-        let length = into.len() as u64;
-        self.inside(key, offset, length)?;
-        let out = OutOfStream { key, offset, length };
-        let file = self.source(key).ok_or(out)?;
-        fill(&file, offset, into).map_err(|_| out)
-    }
-
-    fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
-        self.inside(key, offset, length)?;
-        self.is_hole(key, offset, length).map_err(|_| OutOfStream { key, offset, length })
-    }
-
-    fn waits(&self, _: StreamKey) -> bool {
-        false
-    }
-}
-
 impl ChunkSink for Images {
     fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream> {
         let out = OutOfStream { key, offset, length: bytes.len() as u64 };
         self.inside(key, offset, bytes.len() as u64)?;
-        let put = self.sink(key).and_then(|file| file.write_all_at(bytes, offset));
+        let put = self.sink(key).and_then(|opened| opened.file.write_all_at(bytes, offset));
         put.map_err(|error| {
             self.note(&error);
             out
@@ -497,11 +400,12 @@ impl ChunkSink for Images {
     fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream> {
         let out = OutOfStream { key, offset, length };
         self.inside(key, offset, length)?;
-        let file = self.sink(key).map_err(|_| out)?;
+        let opened = self.sink(key).map_err(|_| out)?;
+        let file = &opened.file;
         // What is not there reads as zeros, and nothing was there before.
         match file.metadata() {
             Ok(found) if found.len() > offset => {
-                memfd::punch(&file, offset, length).map_err(|_| out)
+                memfd::punch(file, offset, length).map_err(|_| out)
             }
             Ok(_) => Ok(()),
             Err(_) => Err(out),

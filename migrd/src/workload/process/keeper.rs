@@ -282,25 +282,44 @@ impl Keeper {
         self.done_with(keeper_request::Request::Ahead(ahead), vec![images]).await
     }
 
-    /// Stops the tree and has it written into `images`, which build on those of
-    /// `parent`, as for [`Keeper::ahead`]. Returns when it stands
-    /// still; [`Keeper::dumped`] says more.
+    /// Has a CRIU get ready to write it into `images`, which build on those of `parent`,
+    /// as for [`Keeper::ahead`], and with `track` others can build on; its memory to the
+    /// page server at the other end of that socket, if there is one. [`Keeper::stop`]
+    /// goes on with that.
     ///
     /// # Errors
-    /// When it does not stand still; it runs then.
+    /// When CRIU does not get ready. The tree runs in every case.
     pub async fn dump(
         &self,
         images: OwnedFd,
         options: proto::ProcessOptions,
         parent: String,
+        page_server: Option<OwnedFd>,
+        track: bool,
     ) -> Result<(), KeeperError> {
         self.link.states().send_modify(|seen| {
             if let Seen::Alive { dumped, .. } = seen {
                 *dumped = None;
             }
         });
-        let dump = proto::KeeperDump { options: Some(options), leave_running: false, parent };
-        self.done_with(keeper_request::Request::Dump(dump), vec![images]).await
+        let dump = proto::KeeperDump {
+            options: Some(options),
+            leave_running: false,
+            parent,
+            track,
+            page_server: page_server.is_some(),
+        };
+        let fds = [Some(images), page_server].into_iter().flatten().collect();
+        self.done_with(keeper_request::Request::Dump(dump), fds).await
+    }
+
+    /// Stops the tree and has it written by the CRIU that is ready to. Returns when it
+    /// stands still; [`Keeper::dumped`] says more.
+    ///
+    /// # Errors
+    /// When it does not stand still; it runs then.
+    pub async fn stop(&self) -> Result<(), KeeperError> {
+        self.done(keeper_request::Request::Stop(proto::KeeperStop {})).await
     }
 
     /// The end of the dump that was begun last, if it has ended.

@@ -10,6 +10,7 @@ use super::ahead::add;
 use super::images::Images;
 use super::images::rounds::Growing;
 use super::keeper::{Keeper, OUTPUT_LOG};
+use super::receiving::Receiving;
 use super::{LOG_STREAM, failed, to_wire};
 use crate::pages::PageSet;
 use crate::serial_log::{Cleared, Reader};
@@ -27,14 +28,23 @@ pub(super) const STATE_VERSION: u32 = 1;
 #[derive(Default)]
 pub(super) struct Dump {
     growing: Growing,
+    /// Memory that CRIU hands over.
+    memory: Option<Receiving>,
     end: Option<proto::KeeperDumped>,
     log_sent: bool,
 }
 
 impl Dump {
     /// Of a tree of which `growing` was handed out already.
-    pub(super) fn after(growing: Growing) -> Self {
-        Self { growing, ..Self::default() }
+    pub(super) fn after(growing: Growing, memory: Option<Receiving>) -> Self {
+        Self { growing, memory, ..Self::default() }
+    }
+
+    /// Ends it in the middle, as far as that can be done from here.
+    pub(super) fn abort(&self) {
+        if let Some(memory) = &self.memory {
+            memory.abort();
+        }
     }
 
     /// CRIU has written everything, as far as was seen.
@@ -53,7 +63,7 @@ impl Dump {
         let mut states = keeper.states();
         let mut part = PageSet::default();
         while self.end.is_none() {
-            self.end = keeper.dumped().map_err(|e| WorkloadError::new(e.to_string()))?;
+            self.end = self.look(keeper).await?;
             add(&mut part, self.growing.take(images, self.end.is_some())?);
             if part.count() >= PART_PAGES {
                 return Ok(Some(part));
@@ -71,6 +81,25 @@ impl Dump {
             return Ok(Some(part));
         }
         Ok(None)
+    }
+
+    /// What CRIU has said of its end, if it has.
+    async fn look(
+        &mut self,
+        keeper: &Keeper,
+    ) -> Result<Option<proto::KeeperDumped>, WorkloadError> {
+        let said = keeper.dumped();
+        let over = !matches!(said, Ok(None));
+        let received = match self.memory.take_if(|_| over) {
+            Some(memory) => memory.end().await,
+            None => Ok(()),
+        };
+        match (said, received) {
+            // It is why CRIU has failed.
+            (_, Err(Some(error))) => Err(error.into()),
+            (Ok(_), Err(None)) => Err(WorkloadError::new("CRIU has not sent all its memory")),
+            (said, _) => said.map_err(|e| WorkloadError::new(e.to_string())),
+        }
     }
 
     /// What the destination has to know beside the streams, but for what wrote them.

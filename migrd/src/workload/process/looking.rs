@@ -1,17 +1,23 @@
 //! A look at a tree that is to move.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use migr_proto::v1 as proto;
 use prost::Message;
 
+use super::carried::is_carried;
 use super::preflight::{self, files};
+use super::rootfs::{self, Leaving};
 use super::running::Alive;
 use super::told;
 use crate::host_memory::HostMemory;
 use crate::keeper::container::Network;
 use crate::keeper::mounts;
 use crate::workload::{Needs, Problem, ProcessOptions, WorkloadError};
+
+/// How much could be read while a file is made (bytes).
+const MADE: u64 = 16 << 10;
 
 /// What a tree was seen to use.
 #[derive(Debug)]
@@ -24,18 +30,23 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// What it has to find elsewhere. Reads its files.
-    pub(super) fn needs(&self) -> Needs {
+    /// What it has to find elsewhere, and what there is of the root file system that
+    /// comes along. Reads its files.
+    pub(super) fn needs(&self, rootfs: Option<&Leaving>) -> Needs {
         let mut used = self.files.clone();
         files::hash(self.root_of, &mut used);
         let hashed = used.iter().filter(|file| file.is_compared_by_content());
-        let reads = hashed.map(|file| file.size).sum();
+        let reads: u64 = hashed.map(|file| file.size).sum();
+        let list = rootfs.map(Leaving::list);
+        // Each is made there before there is an answer.
+        let made = list.as_ref().map_or(0, |list| list.nodes.len() as u64 * MADE);
         let needs = proto::ProcessNeeds {
             files: files::to_wire(&used),
             resident_bytes: self.resident_bytes,
             criu: self.criu.clone(),
+            rootfs: list,
         };
-        Needs { written: needs.encode_to_vec(), reads }
+        Needs { written: needs.encode_to_vec(), reads: reads.saturating_add(made) }
     }
 }
 
@@ -53,6 +64,16 @@ fn no_room(resident_bytes: u64, available: u64) -> Option<Problem> {
             "stop or move something else away from this host first, or have the workload take less",
         )
     })
+}
+
+/// A snapshot of a container whose root file system is migrd's own would be of no use
+/// when that is deleted.
+fn not_saved(root: &Path) -> Problem {
+    Problem::new(
+        "rootfs-not-saved",
+        "its root file system came with it, and snapshots do not hold root file systems",
+        format!("copy {} into a bundle, and start it anew from that", root.display()),
+    )
 }
 
 /// The inode of a pipe that is named as CRIU does.
@@ -82,18 +103,28 @@ impl Alive {
             },
             kept_pipes: stats.stdio.iter().filter_map(|end| inode(&end.pipe)).collect(),
         };
+        let came = rootfs::arrived(&rootfs::place_of(&self.directory));
+        let comes_along = is_carried(self.keeper.config()) && !self.to_files;
         // A container's files get the paths that they have on the host.
         let root_of = if spec.is_some() { std::process::id() } else { init };
         let looked = tokio::task::spawn_blocking(move || {
             let mut findings = preflight::scan(init, &options)?;
-            if let Some(spec) = spec {
-                preflight::container::adapt(init, &spec, &mut findings)?;
-            }
-            Ok::<_, WorkloadError>(findings)
+            let written = match spec {
+                Some(spec) => preflight::container::adapt(init, &spec, comes_along, &mut findings)?,
+                None => Vec::new(),
+            };
+            Ok::<_, WorkloadError>((findings, written))
         });
         let failed = |e| WorkloadError::caused("looking at its processes failed", e);
-        let preflight::Findings { mut problems, files, resident_bytes, .. } =
-            looked.await.map_err(failed)??;
+        let (findings, written) = looked.await.map_err(failed)??;
+        let preflight::Findings { mut problems, files, resident_bytes, .. } = findings;
+        self.carried.written = written;
+        problems.extend(self.carried.problem());
+        let is_container = self.keeper.config().container.is_some();
+        problems.extend(self.chains.problem(self.tracks, is_container));
+        if let Some(root) = came.filter(|_| self.to_files) {
+            problems.push(not_saved(&root));
+        }
         let (_, available) = HostMemory::of_this_host().read();
         if !self.to_files {
             problems.extend(no_room(resident_bytes, available));

@@ -14,6 +14,8 @@
 mod adopting;
 mod ahead;
 mod arriving;
+mod carried;
+mod chains;
 mod container;
 pub mod engine;
 mod follow;
@@ -23,11 +25,15 @@ mod leaving;
 mod looking;
 pub mod net;
 pub mod preflight;
+mod receiving;
 mod remains;
+pub mod rootfs;
 mod running;
 mod streams;
 mod terminal;
 mod versions;
+
+use std::path::PathBuf;
 
 use async_trait::async_trait;
 use migr_proto::v1::ProcessConfig;
@@ -72,6 +78,9 @@ pub trait Starts: Send + Sync {
         id: WorkloadId,
         candidate: &Candidate,
     ) -> Result<Box<dyn Workload>, WorkloadError>;
+
+    /// Where the root file system of a container is that it brought along, if it did.
+    fn rootfs_of(&self, id: WorkloadId) -> Option<PathBuf>;
 
     /// Why no process tree can be had here, and what to do; `None` when it can.
     fn problem(&self) -> Option<String>;

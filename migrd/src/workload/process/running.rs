@@ -11,16 +11,19 @@ use prost::Message;
 use tokio::sync::watch;
 
 use super::ahead::{Rounds, Size};
+use super::carried::{self, Carried};
+use super::chains::Chains;
 use super::follow::follow;
 use super::images::Images;
 use super::keeper::{Keeper, OUTPUT_LOG};
 use super::leaving::Dump;
 use super::looking::Found;
 use super::net::Network;
+use super::receiving::Receiving;
 use super::remains::{put_away, remove};
 use super::streams::{TreeStreams, log_stream};
 use super::terminal::Stdio;
-use super::{image_streams, log_spec, to_wire, told};
+use super::{image_streams, log_spec, to_wire, told, versions};
 use crate::pages::PageSet;
 use crate::serial_log::LogStream;
 use crate::workload::{
@@ -39,12 +42,15 @@ pub(super) struct Tree {
 
 /// A tree whose keeper lives.
 pub(super) struct Alive {
+    pub(super) directory: PathBuf,
     pub(super) keeper: Arc<Keeper>,
     pub(super) network: Option<Network>,
     paused: bool,
     pub(super) options: ProcessOptions,
     /// Its images go to files, and not into memory.
     pub(super) to_files: bool,
+    /// Its memory is to be the same whenever it is read.
+    verify: bool,
     streams: Vec<StreamSpec>,
     chunks: Arc<TreeStreams>,
     /// What it has to find at a destination, as was seen last.
@@ -52,11 +58,15 @@ pub(super) struct Alive {
     /// Version of the CRIU of this host.
     pub(super) criu: String,
     /// Whether the kernel tells what it writes to its memory.
-    tracks: bool,
+    pub(super) tracks: bool,
+    /// What its next snapshot can build on.
+    pub(super) chains: Chains,
     /// What it has, as was seen last.
     size: Size,
     /// What of its memory went ahead.
     rounds: Rounds,
+    /// Its root file system, if that moves with it.
+    pub(super) carried: Carried,
     /// A dump that was begun.
     dump: Option<Dump>,
     /// Says why it ended if that was an operator's wish.
@@ -80,18 +90,22 @@ impl Tree {
         let state = follow(keeper.states(), wish);
         let chunks = Arc::new(TreeStreams::new(log_stream(&directory)?, Images::new(0, 0)?));
         let alive = Alive {
+            directory: directory.clone(),
             keeper,
             network,
             paused,
             options: ProcessOptions::default(),
             to_files: false,
+            verify: false,
             streams: vec![log_spec()],
             chunks,
             found: None,
             criu: String::new(),
             tracks,
+            chains: Chains::default(),
             size: Size::default(),
             rounds: Rounds::default(),
+            carried: Carried::default(),
             dump: None,
             stopped,
         };
@@ -163,6 +177,7 @@ impl Alive {
     /// The images may be as large as its memory, and nobody reads them any more.
     fn forget_images(&mut self, log: LogStream) -> Result<(), WorkloadError> {
         self.rounds = Rounds::default();
+        self.carried = Carried::default();
         self.chunks = Arc::new(TreeStreams::new(log, Images::new(0, 0)?));
         self.streams = vec![log_spec()];
         Ok(())
@@ -220,14 +235,26 @@ impl Workload for Tree {
         alive.size = Size { processes: stats.processes, private_bytes: stats.private_bytes };
         alive.rounds = Rounds::default();
         alive.to_files = what.to_files;
-        alive.chunks = Arc::new(TreeStreams::new(log, Images::new(count, length)?));
-        alive.streams = [vec![log_spec()], images].concat();
+        alive.verify = what.verify;
+        alive.chains.choose(what.chain);
+        let written = std::mem::take(&mut alive.carried.written);
+        alive.carried = match what.to_files {
+            true => Carried::default(),
+            false => Carried::begin(alive.keeper.config(), written).await?,
+        };
+        let streams = TreeStreams::new(log, Images::new(count, length)?);
+        alive.chunks = Arc::new(streams.with_rootfs(alive.carried.leaving()));
+        let rootfs = alive.carried.spec().into_iter().collect();
+        alive.streams = [vec![log_spec()], images, rootfs].concat();
         Ok(())
     }
 
     fn needs(&self) -> Needing {
         match self.alive.as_ref().and_then(|alive| alive.found.clone()) {
-            Some(found) => Arc::new(move || found.needs()),
+            Some(found) => {
+                let leaving = self.alive.as_ref().and_then(|alive| alive.carried.leaving());
+                Arc::new(move || found.needs(leaving.as_deref()))
+            }
             None => Arc::new(Needs::default),
         }
     }
@@ -236,9 +263,14 @@ impl Workload for Tree {
         true
     }
 
-    async fn save_files_in(&mut self, directory: OwnedFd) -> Result<(), WorkloadError> {
+    async fn save_files_in(
+        &mut self,
+        directory: OwnedFd,
+        onto: String,
+    ) -> Result<(), WorkloadError> {
         let log = log_stream(&self.directory)?;
         let alive = self.alive()?;
+        alive.chains.onto(onto);
         alive.chunks = Arc::new(TreeStreams::new(log, Images::that_stay(directory)));
         alive.streams = vec![log_spec()];
         Ok(())
@@ -264,8 +296,13 @@ impl Workload for Tree {
         }
     }
 
+    async fn files_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
+        self.alive()?.carried.ahead().await
+    }
+
     async fn copy_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
-        let Alive { keeper, chunks, rounds, options, .. } = self.alive()?;
+        let Alive { keeper, chunks, rounds, options, chains, .. } = self.alive()?;
+        chains.broken();
         rounds.next(keeper, chunks.images(), to_wire(*options)).await
     }
 
@@ -291,13 +328,35 @@ impl Workload for Tree {
     }
 
     async fn drain(&mut self) -> Result<(), WorkloadError> {
-        Ok(())
+        let cgroup = self.cgroup.clone();
+        let alive = self.alive()?;
+        let images = alive.chunks.images().directory()?;
+        let (ahead, growing) = std::mem::take(&mut alive.rounds).into_stop();
+        let (parent, track) = match alive.to_files {
+            true => alive.chains.begin(alive.tracks),
+            false => (ahead, false),
+        };
+        // Where others are to have whole files, or images before these have the rest, CRIU
+        // writes its memory. In what it leaves in the processes the kernel still changes
+        // a few bytes while CRIU is at work, such as the CPU that a thread is on (rseq(2)).
+        let here = parent.is_empty() && !alive.verify && !alive.chunks.images().stay();
+        let (memory, page_server) = if here && versions::sends_pages(&alive.criu) {
+            let (memory, socket) = Receiving::start(&alive.chunks, &cgroup)?;
+            (Some(memory), Some(socket))
+        } else {
+            (None, None)
+        };
+        alive.dump = Some(Dump::after(growing, memory));
+        let options = to_wire(alive.options);
+        let ready = alive.keeper.dump(images, options, parent, page_server, track).await;
+        ready.map_err(|error| WorkloadError::new(error.to_string()))
     }
 
     async fn freeze(&mut self) -> Result<(), WorkloadError> {
+        if self.alive()?.dump.is_none() {
+            self.drain().await?;
+        }
         let alive = self.alive()?;
-        let images = alive.chunks.images().directory()?;
-        let (parent, growing) = std::mem::take(&mut alive.rounds).into_stop();
         // Nobody's answer to what it sent last may reach it any more, or it would
         // have been acknowledged in vain.
         let cut = match &alive.network {
@@ -305,25 +364,28 @@ impl Workload for Tree {
             None => Ok(()),
         };
         let stopped = match cut {
-            Ok(()) => {
-                let dumped = alive.keeper.dump(images, to_wire(alive.options), parent).await;
-                dumped.map_err(told("stop it"))
-            }
+            Ok(()) => alive.keeper.stop().await.map_err(told("stop it")),
             Err(error) => Err(error),
         };
         if let Err(error) = stopped {
             self.rejoin().await;
             return Err(error);
         }
-        self.alive()?.dump = Some(Dump::after(growing));
         Ok(())
     }
 
     async fn rest(&mut self) -> Result<Option<PageSet>, WorkloadError> {
         let directory = self.directory.clone();
-        let Alive { keeper, chunks, dump, .. } = self.alive()?;
+        let Alive { keeper, chunks, dump, carried, options, .. } = self.alive()?;
         let dump = dump.as_mut().ok_or_else(|| WorkloadError::new("it was not stopped"))?;
-        dump.rest(&directory, keeper, chunks.images()).await
+        // CRIU makes names for files that have none left, which have to go along.
+        if !options.link_remap {
+            carried.look_again();
+        }
+        match dump.rest(&directory, keeper, chunks.images()).await? {
+            Some(part) => Ok(Some(part)),
+            None => carried.rest().await,
+        }
     }
 
     fn saves_early(&self) -> bool {
@@ -341,6 +403,9 @@ impl Workload for Tree {
         let alive = self.alive()?;
         let dump = alive.dump.as_ref().ok_or_else(|| WorkloadError::new("it was not stopped"))?;
         let state = dump.state(alive.chunks.images(), alive.options)?;
+        if alive.to_files {
+            alive.chains.written(alive.tracks);
+        }
         Ok(proto::ProcessState { criu: alive.criu.clone(), ..state }.encode_to_vec())
     }
 
@@ -351,7 +416,11 @@ impl Workload for Tree {
     async fn thaw(&mut self) -> Result<(), WorkloadError> {
         let log = log_stream(&self.directory);
         let alive = self.alive()?;
-        let writing = alive.dump.take().is_some_and(|dump| !dump.is_written());
+        let dump = alive.dump.take();
+        let writing = dump.as_ref().is_some_and(|dump| !dump.is_written());
+        if let Some(dump) = &dump {
+            dump.abort();
+        }
         if writing && alive.keeper.phase() == KeeperPhase::Dumping {
             // CRIU can't be told to end in the middle: it is when it can't write that
             // it lets go of the processes.
@@ -415,6 +484,7 @@ impl Workload for Tree {
             end(alive, &self.cgroup).await;
         }
         super::container::clear(&self.directory, &self.cgroup).await;
+        carried::clear(&self.directory).await;
         remove(&self.directory);
     }
 }

@@ -2,9 +2,11 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::images::Images;
 use super::keeper::OUTPUT_LOG;
+use super::rootfs::{Leaving, ROOTFS_STREAM};
 use super::{LOG_STREAM, failed};
 use crate::serial_log::LogStream;
 use crate::workload::{ChunkSource, OutOfStream, StreamHash, StreamKey, StreamSpec, WorkloadError};
@@ -13,11 +15,18 @@ use crate::workload::{ChunkSource, OutOfStream, StreamHash, StreamKey, StreamSpe
 pub(super) struct TreeStreams {
     log: LogStream,
     images: Images,
+    /// Of a container whose root file system moves with it.
+    rootfs: Option<Arc<Leaving>>,
 }
 
 impl TreeStreams {
     pub(super) fn new(log: LogStream, images: Images) -> Self {
-        Self { log, images }
+        Self { log, images, rootfs: None }
+    }
+
+    /// The same, with a root file system.
+    pub(super) fn with_rootfs(self, rootfs: Option<Arc<Leaving>>) -> Self {
+        Self { rootfs, ..self }
     }
 
     pub(super) fn images(&self) -> &Images {
@@ -33,6 +42,10 @@ impl TreeStreams {
         let hash_one = |spec: &StreamSpec| {
             let hash = match spec.key {
                 LOG_STREAM => self.log.hash(),
+                ROOTFS_STREAM => match &self.rootfs {
+                    Some(rootfs) => rootfs.hash(),
+                    None => Err(std::io::ErrorKind::NotFound.into()),
+                },
                 key => self.images.hash(key),
             };
             let hash = hash.map_err(failed("hash its images"))?;
@@ -46,6 +59,10 @@ impl ChunkSource for TreeStreams {
     fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream> {
         match key {
             LOG_STREAM => self.log.read(key, offset, into),
+            ROOTFS_STREAM => match &self.rootfs {
+                Some(rootfs) => rootfs.read(offset, into),
+                None => Err(OutOfStream { key, offset, length: into.len() as u64 }),
+            },
             _ => self.images.read(key, offset, into),
         }
     }
@@ -53,12 +70,16 @@ impl ChunkSource for TreeStreams {
     fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream> {
         match key {
             LOG_STREAM => self.log.is_zero(key, offset, length),
+            ROOTFS_STREAM => match &self.rootfs {
+                Some(rootfs) => rootfs.is_zero(offset, length),
+                None => Err(OutOfStream { key, offset, length }),
+            },
             _ => self.images.is_zero(key, offset, length),
         }
     }
 
-    fn waits(&self, _: StreamKey) -> bool {
-        false
+    fn waits(&self, key: StreamKey) -> bool {
+        key == ROOTFS_STREAM
     }
 }
 

@@ -23,6 +23,12 @@ pub(super) fn older(here: &str, theirs: &str) -> Option<Problem> {
     })
 }
 
+/// Whether a CRIU speaks to page servers as is understood here: 4.2 has made their
+/// messages longer.
+pub(super) fn sends_pages(version: &str) -> bool {
+    branch(version).is_some_and(|branch| branch >= [4, 2])
+}
+
 /// The two numbers of a version that say what images are like; the third is for
 /// corrections.
 fn branch(version: &str) -> Option<[u32; 2]> {
@@ -46,5 +52,11 @@ mod tests {
         }
         assert_eq!(older("4.2", "99999999999.1"), None);
         assert_eq!(older("4.2", "x.y"), None);
+    }
+
+    #[test]
+    fn only_a_known_version_sends_pages() {
+        assert!(sends_pages("4.2") && sends_pages("4.2.1") && sends_pages("5.0"));
+        assert!(!sends_pages("4.1.1") && !sends_pages("3.17.1") && !sends_pages(""));
     }
 }

@@ -201,7 +201,7 @@ impl Workload for Vm {
     }
 
     async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError> {
-        let Carry { disks, to_files: _, process: _ } = what;
+        let Carry { disks, to_files: _, verify: _, chain: _, process: _ } = what;
         let alive = self.alive()?;
         let carried = if disks { Some(alive.disks.read().await?) } else { None };
         let streams = all_streams(alive.child.config(), disks);
@@ -228,7 +228,7 @@ impl Workload for Vm {
         false
     }
 
-    async fn save_files_in(&mut self, _: OwnedFd) -> Result<(), WorkloadError> {
+    async fn save_files_in(&mut self, _: OwnedFd, _: String) -> Result<(), WorkloadError> {
         Err(WorkloadError::new("it is saved in streams and has no files"))
     }
 
@@ -240,6 +240,10 @@ impl Workload for Vm {
 
     fn ahead(&self) -> Ahead {
         Ahead::Pages
+    }
+
+    async fn files_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
+        Ok(None)
     }
 
     async fn copy_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {

@@ -112,14 +112,14 @@ impl Images {
     /// Where the first `pages` of a stream of this source's hold nothing.
     fn holes(&self, key: StreamKey, pages: u64) -> Result<PageBitmap, ImagesError> {
         let mut holes = PageBitmap::none(self.pages());
-        let Some(file) = self.source(key) else { return Ok(holes) };
+        let Some(opened) = self.source(key) else { return Ok(holes) };
         let failed = |e| system("look for holes in an image")(e);
-        let length = file.metadata().map_err(failed)?.len();
+        let length = opened.file.metadata().map_err(failed)?.len();
         let end = length.min(pages * PAGE_SIZE);
         let mut at = 0;
         while at < end {
             let (start, stop) =
-                memfd::next_data(&file, at, end).map_err(failed)?.unwrap_or((end, end));
+                memfd::next_data(&opened.file, at, end).map_err(failed)?.unwrap_or((end, end));
             let (first, after) = (at.div_ceil(PAGE_SIZE), start / PAGE_SIZE);
             if after > first {
                 holes.insert(PageRun { first: PageIndex(first), count: after - first });

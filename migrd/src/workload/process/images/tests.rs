@@ -1,5 +1,6 @@
 use super::rounds::Growing;
 use super::*;
+use crate::workload::ChunkSource;
 
 fn file(images: &Images, name: &str, bytes: &[u8]) {
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_APPEND;

@@ -11,6 +11,11 @@ const OF_A_THREAD: i32 = libc::O_EXCL;
 pub(super) fn check(tree: &Tree, descriptors: &[Descriptor<'_>], report: &mut Report) {
     for descriptor in descriptors {
         match &descriptor.kind {
+            Kind::Anonymous(_) if descriptor.info.semaphore => report.add(
+                "eventfd-semaphore",
+                format!("{descriptor} is an eventfd that CRIU would make a counter of"),
+                "have the program use an eventfd without EFD_SEMAPHORE, or a pipe",
+            ),
             Kind::Anonymous(name) => anonymous(descriptor, name, report),
             Kind::PidFd => pid_fd(tree, descriptor, report),
             Kind::Other(what) => report.add(

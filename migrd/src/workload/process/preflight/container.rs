@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::files::Access;
 use super::report::Report;
 use super::tree::Tree;
 use super::{Findings, procfs};
@@ -14,11 +15,17 @@ use crate::keeper::mounts;
 use crate::workload::WorkloadError;
 
 /// Adds what keeps a container from moving to what was found of its processes, whose
-/// files get the paths that they have on the host.
+/// files get the paths that they have on the host. Those of its root are not among them
+/// if that comes along: what of it was open for writing is given, by its paths in it.
 ///
 /// # Errors
 /// When its init is gone.
-pub fn adapt(init: u32, spec: &Spec, findings: &mut Findings) -> Result<(), WorkloadError> {
+pub fn adapt(
+    init: u32,
+    spec: &Spec,
+    comes_along: bool,
+    findings: &mut Findings,
+) -> Result<Vec<PathBuf>, WorkloadError> {
     let tree = Tree::read(init)?;
     let mut report = Report::default();
     sessions(&tree, &mut report);
@@ -27,14 +34,23 @@ pub fn adapt(init: u32, spec: &Spec, findings: &mut Findings) -> Result<(), Work
     findings.problems.extend(report.finish());
     let all = mounts::of(&init.to_string()).map_err(super::super::failed("see its mounts"))?;
     let places = Places::of(spec, all.iter().map(|mount| mount.path.as_str()));
-    findings.files.retain_mut(|file| match places.on_host(&file.path) {
-        Some(path) => {
-            file.path = path;
-            true
+    let mut written = Vec::new();
+    findings.files.retain_mut(|file| {
+        if comes_along && let Some(path) = places.in_root(&file.path) {
+            if file.access != Access::Read {
+                written.push(path);
+            }
+            return false;
         }
-        None => false,
+        match places.on_host(&file.path) {
+            Some(path) => {
+                file.path = path;
+                true
+            }
+            None => false,
+        }
     });
-    Ok(())
+    Ok(written)
 }
 
 /// Processes that somebody started in it from outside are no children of its init.
@@ -117,6 +133,12 @@ impl Places {
         Self(all)
     }
 
+    /// The path in the root, relative to it; none of what is mounted in it.
+    fn in_root(&self, inside: &Path) -> Option<PathBuf> {
+        let mount = inside.ancestors().find(|path| self.0.contains_key(*path))?;
+        (mount == Path::new("/")).then(|| inside.strip_prefix("/").ok().map(Path::to_owned))?
+    }
+
     /// The path on the host; none of what is the container's own.
     fn on_host(&self, inside: &Path) -> Option<PathBuf> {
         let mount = inside.ancestors().find(|path| self.0.contains_key(*path))?;
@@ -151,6 +173,8 @@ mod tests {
         assert_eq!(on_host("/"), Some("/srv/rootfs".into()));
         assert_eq!(on_host("/data/x"), Some(directory.path().join("x")));
         assert_eq!(on_host("/data"), Some(directory.path().to_owned()));
+        assert_eq!(places.in_root(Path::new("/var/log/x")), Some("var/log/x".into()));
+        assert_eq!(places.in_root(Path::new("/data/x")), None);
         for own in ["/proc/self/exe", "/data/tmp/x", "/gone/x", "relative"] {
             assert_eq!(on_host(own), None, "{own}");
         }

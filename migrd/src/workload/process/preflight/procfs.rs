@@ -85,6 +85,8 @@ pub(super) struct FdInfo {
     pub(super) pid: Option<i64>,
     /// Of a tun device: the interface it is attached to.
     pub(super) interface: Option<String>,
+    /// Of an eventfd: it is a semaphore.
+    pub(super) semaphore: bool,
 }
 
 impl FdInfo {
@@ -99,6 +101,7 @@ impl FdInfo {
                 "lock" => info.locks.push(value.to_owned()),
                 "tty-index" => info.tty_index = value.parse().ok(),
                 "Pid" => info.pid = value.parse().ok(),
+                "eventfd-semaphore" => info.semaphore = value == "1",
                 "iff" => info.interface = (!value.is_empty()).then(|| value.to_owned()),
                 _ => {}
             }
@@ -146,5 +149,7 @@ mod tests {
         assert_eq!((info.mount, info.tty_index, info.interface), (Some(27), Some(4), None));
         assert_eq!(info.locks, ["1: POSIX  ADVISORY  WRITE 17 fe:00:5 0 EOF"]);
         assert_eq!(FdInfo::parse("flags:\t9z\npos"), FdInfo::default());
+        let event = |value: u32| FdInfo::parse(&format!("eventfd-semaphore: {value}\n")).semaphore;
+        assert!(event(1) && !event(0));
     }
 }
