@@ -44,6 +44,25 @@ def path(name):
     return os.path.join(here, name)
 
 
+def in_child(prepare):
+    """Has a child prepare something and get what checks that; asks it each time."""
+    down, up = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        # The ends that are its parent's, so that it ends with it.
+        os.close(down[1]), os.close(up[0])
+        check = prepare()
+        while os.read(down[0], 1):
+            os.write(up[1], b"y" if check() else b"n")
+        os._exit(0)
+    os.close(down[0]), os.close(up[1])
+
+    def ask():
+        os.write(down[1], b"?")
+        return os.read(up[0], 1) == b"y"
+
+    return ask
+
+
 @thing("memory")
 def _():
     data = bytearray(os.urandom(1 << 20))
@@ -72,22 +91,14 @@ def _():
 
 @thing("process ids")
 def _():
-    down, up = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        # The ends that are its parent's, so that it ends with it.
-        os.close(down[1]), os.close(up[0])
-        while os.read(down[0], 1):
-            os.write(up[1], struct.pack("<3i", os.getpid(), os.getppid(), os.getsid(0)))
-        os._exit(0)
-    os.close(down[0]), os.close(up[1])
-    was = struct.pack("<3i", child, os.getpid(), os.getsid(0))
+    parent = os.getpid()
 
-    def check():
-        os.write(down[1], b"?")
-        return os.read(up[0], 12) == was
+    def prepare():
+        was = os.getpid(), parent, os.getsid(0)
+        return lambda: (os.getpid(), os.getppid(), os.getsid(0)) == was
 
-    return check
+    child = in_child(prepare)
+    return lambda: child() and os.getpid() == parent
 
 
 @thing("zombies")
@@ -588,63 +599,39 @@ def _():
 
 @thing("priority and scheduling")
 def _():
-    down, up = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(down[1]), os.close(up[0])
+    def prepare():
         os.setpriority(os.PRIO_PROCESS, 0, 7)
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        while os.read(down[0], 1):
-            found = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0)
-            os.write(up[1], b"y" if found == (7, os.SCHED_BATCH) else b"n")
-        os._exit(0)
-    os.close(down[0]), os.close(up[1])
+        return lambda: os.getpriority(os.PRIO_PROCESS, 0) == 7 and os.sched_getscheduler(0) == os.SCHED_BATCH
 
-    def check():
-        os.write(down[1], b"?")
-        return os.read(up[0], 1) == b"y"
-
-    return check
+    return in_child(prepare)
 
 
 @thing("names, capabilities, no_new_privs")
 def _():
-    down, up = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(down[1]), os.close(up[0])
+    wanted = ("Name:", "CapBnd:", "NoNewPrivs:", "Groups:", "Uid:")
+
+    def status():
+        with open("/proc/self/status") as file:
+            lines = [line for line in file if line.startswith(wanted)]
+        reaper = ctypes.c_int()
+        must(libc.prctl(37, ctypes.byref(reaper), 0, 0, 0))
+        return lines, reaper.value
+
+    def prepare():
         must(libc.prctl(15, b"renamed", 0, 0, 0))  # PR_SET_NAME
         must(libc.prctl(24, 21, 0, 0, 0))  # PR_CAPBSET_DROP, CAP_SYS_ADMIN
         must(libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS
         must(libc.prctl(36, 1, 0, 0, 0))  # PR_SET_CHILD_SUBREAPER
-        wanted = ("Name:", "CapBnd:", "NoNewPrivs:", "Groups:", "Uid:")
-
-        def status():
-            with open("/proc/self/status") as file:
-                lines = [line for line in file if line.startswith(wanted)]
-            reaper = ctypes.c_int()
-            must(libc.prctl(37, ctypes.byref(reaper), 0, 0, 0))
-            return lines, reaper.value
-
         was = status()
-        while os.read(down[0], 1):
-            os.write(up[1], b"y" if status() == was else b"n")
-        os._exit(0)
-    os.close(down[0]), os.close(up[1])
+        return lambda: status() == was
 
-    def check():
-        os.write(down[1], b"?")
-        return os.read(up[0], 1) == b"y"
-
-    return check
+    return in_child(prepare)
 
 
 @thing("seccomp filters")
 def _():
-    down, up = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(down[1]), os.close(up[0])
+    def prepare():
         must(libc.prctl(38, 1, 0, 0, 0))
         # getppid(2) fails with EPERM, everything else is allowed.
         rules = [(0x20, 0, 0, 0), (0x15, 0, 1, 110), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
@@ -652,47 +639,28 @@ def _():
         buffer = ctypes.create_string_buffer(program)
         filter = struct.pack("HxxxxxxQ", len(rules), ctypes.addressof(buffer))
         must(libc.prctl(22, 2, filter, 0, 0))
-        while os.read(down[0], 1):
-            os.write(up[1], b"y" if libc.getppid() == -1 else b"n")
-        os._exit(0)
-    os.close(down[0]), os.close(up[1])
+        return lambda: libc.getppid() == -1
 
-    def check():
-        os.write(down[1], b"?")
-        return os.read(up[0], 1) == b"y"
-
-    return check
+    return in_child(prepare)
 
 
 @thing("process groups and sessions")
 def _():
-    down, up = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(down[1]), os.close(up[0])
+    def prepare():
         os.setsid()
         other = os.fork()
         if other == 0:
+            must(libc.prctl(1, signal.SIGKILL, 0, 0, 0))  # PR_SET_PDEATHSIG
             os.setpgid(0, 0)
-        was = os.getpid(), os.getpgid(0), os.getsid(0)
-        if other == 0:
-            signal.pause()
-        groups = lambda: (os.getsid(other), os.getpgid(other))
-        while groups()[1] != other:
+            while True:
+                signal.pause()
+        groups = lambda: (os.getsid(0), os.getpgid(0), os.getsid(other), os.getpgid(other))
+        while os.getpgid(other) != other:
             time.sleep(0.01)
-        before = groups()
-        while os.read(down[0], 1):
-            right = (os.getpid(), os.getpgid(0), os.getsid(0)) == was and groups() == before
-            os.write(up[1], b"y" if right else b"n")
-        os.kill(other, signal.SIGKILL)
-        os._exit(0)
-    os.close(down[0]), os.close(up[1])
+        was = groups()
+        return lambda: groups() == was
 
-    def check():
-        os.write(down[1], b"?")
-        return os.read(up[0], 1) == b"y"
-
-    return check
+    return in_child(prepare)
 
 
 def state(check):
