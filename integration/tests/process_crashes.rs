@@ -209,7 +209,7 @@ fn criu_killed(place: Criu) -> Result<(Counter, HostPair, Running)> {
     let mut waits = 0;
     let criu = wait::until("CRIU to be at the right place", || {
         let Some(criu) = keeper.criu() else { return Ok(None) };
-        let (held, all) = held(&keeper, criu)?;
+        let (held, all) = keeper.held_by(criu)?;
         let frozen = fs::read_to_string(keeper.cgroup.join("cgroup.freeze"))?.trim() == "1";
         // The tree is thawed once CRIU has every process, and frozen again when all is
         // written. That CRIU has all and the tree is not thawed yet is so for a moment.
@@ -222,17 +222,6 @@ fn criu_killed(place: Criu) -> Result<(Counter, HostPair, Running)> {
     })?;
     kill(Pid::from_raw(i32::try_from(criu)?), Signal::SIGKILL)?;
     Ok((counter, pair, moving))
-}
-
-/// How many processes of the tree CRIU has in its hand, and of how many.
-fn held(keeper: &Keeper, criu: u32) -> Result<(usize, usize)> {
-    let tracer = format!("TracerPid:\t{criu}");
-    let processes = keeper.processes()?;
-    let held = processes.iter().filter(|pid| {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        status.lines().any(|line| line == tracer)
-    });
-    Ok((held.count(), processes.len()))
 }
 
 #[test]

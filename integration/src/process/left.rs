@@ -47,12 +47,22 @@ impl Keeper {
     #[must_use]
     pub fn criu_at_work(&self) -> Option<u32> {
         let criu = self.criu()?;
-        let traced = |pid: &u32| {
+        let (held, _) = self.held_by(criu).ok()?;
+        (held > 0).then_some(criu)
+    }
+
+    /// How many processes of its tree that CRIU has in its hand, and of how many.
+    ///
+    /// # Errors
+    /// When the cgroup is gone.
+    pub fn held_by(&self, criu: u32) -> Result<(usize, usize)> {
+        let tracer = format!("TracerPid:\t{criu}");
+        let processes = self.processes()?;
+        let held = processes.iter().filter(|pid| {
             let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
-            tracer.is_some_and(|tracer| tracer.trim() == criu.to_string())
-        };
-        self.processes().ok()?.iter().any(traced).then_some(criu)
+            status.lines().any(|line| line == tracer)
+        });
+        Ok((held.count(), processes.len()))
     }
 
     /// The CRIU that brings memory to a tree that runs, if there is one.
