@@ -118,6 +118,43 @@ fn a_disk_is_one_vms_at_a_time_wherever_that_moves() -> Result<()> {
 }
 
 #[test]
+fn a_path_that_leads_to_another_image_by_now_keeps_the_vm_where_it_is() -> Result<()> {
+    let mut pair = HostPair::start()?;
+    let (disk, aside) = (pair.directory().join("disk.img"), pair.directory().join("aside.img"));
+    image(&disk, 1)?;
+    let pulse = Pulse::small();
+    pulse.run_with(&pair, &pair.a, &["--disk", text(&disk)?])?;
+    fs::rename(&disk, &aside)?;
+    image(&disk, 7)?;
+    let snapshot = pair.directory().join("snapshot");
+    let to = pair.b.to();
+    let tries: [&[&str]; 4] = [
+        &["migrate", pulse.name, "--to", &to, "--dry-run"],
+        &["migrate", pulse.name, "--to", &to],
+        &["migrate", pulse.name, "--to", &to, "--copy-disks"],
+        &["checkpoint", pulse.name, "--to", text(&snapshot)?],
+    ];
+    // The daemon has the image open itself, and after a restart only its child does.
+    for restarted in [false, true] {
+        for (index, arguments) in tries.iter().enumerate() {
+            let ran = pair.a.migctl(arguments)?;
+            let said = format!("{}{}", ran.stdout, ran.stderr);
+            ensure!(ran.status != 0 && said.contains("does not lead to"), "{index}: {said}");
+            ensure!(said.contains("bring that file back"), "{said}");
+        }
+        if !restarted {
+            pair.a.restart()?;
+        }
+    }
+    ensure!(!snapshot.exists());
+    expect_alive(&pair.a, pulse.name, 5)?;
+    fs::rename(&aside, &disk)?;
+    pair.there(pulse.name, &["--verify"])?;
+    expect_alive(&pair.b, pulse.name, 5)?;
+    pair.finish(pulse.name)
+}
+
+#[test]
 fn a_read_only_disk_is_shared() -> Result<()> {
     let pair = HostPair::start()?;
     let disk = pair.directory().join("tools.img");

@@ -94,9 +94,14 @@ impl Report<'_> {
 
     fn lines(&self) -> String {
         let mut text = format!("migctl: {}", plain(self.message));
-        for (label, value) in
-            [("host", self.host), ("phase", self.phase), ("what to do", self.remedy)]
-        {
+        // A wrong command line needs no name.
+        let code = self.code.filter(|code| *code != "usage");
+        for (label, value) in [
+            ("code", code),
+            ("host", self.host),
+            ("phase", self.phase),
+            ("what to do", self.remedy),
+        ] {
             if let Some(value) = value.filter(|value| !value.is_empty()) {
                 text.push_str(&format!("\n  {label}: {}", plain(value)));
             }
@@ -126,14 +131,17 @@ mod tests {
     fn a_report_says_where_and_what_to_do() {
         let report = Report {
             message: "cannot run web: no such kernel",
-            code: None,
+            code: Some("no-kernel"),
             host: Some("a:1"),
             phase: None,
             remedy: Some("check --kernel"),
         };
         assert_eq!(
             report.lines(),
-            "migctl: cannot run web: no such kernel\n  host: a:1\n  what to do: check --kernel"
+            "migctl: cannot run web: no such kernel\n  code: no-kernel\n  host: a:1\n  \
+             what to do: check --kernel"
         );
+        let wrong = Report { code: Some("usage"), host: None, remedy: None, ..report };
+        assert_eq!(wrong.lines(), "migctl: cannot run web: no such kernel");
     }
 }

@@ -271,7 +271,8 @@ impl<'a> Tracker<'a> {
 /// Prints the result of a migration; the exit status it means.
 pub fn conclude(ctx: &Context, result: &Migration) -> Result<u8, Failure> {
     let name = &result.workload;
-    if let Some(failure) = &result.failure {
+    // What is in the way says it all, each with where it is and what to do.
+    if let Some(failure) = result.failure.as_ref().filter(|_| result.blockers.is_empty()) {
         let doubt = (result.outcome == Outcome::InDoubt).then(|| {
             format!(
                 "see whether {name} runs at {}; the source keeps asking. Only if you know, \

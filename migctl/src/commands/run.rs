@@ -1,9 +1,11 @@
 //! `run`: creates a VM and starts it.
 
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use migr_proto::v1::{CpuOrder, DiskOrder, NetOrder, RunRequest};
+use nix::fcntl::OFlag;
 
 use super::{Context, absolute};
 use crate::args::{Cpu, Disk, Net, RunArgs};
@@ -49,8 +51,13 @@ fn cpu(cpu: &Cpu) -> Result<CpuOrder, Failure> {
                 Failure::Usage(format!("the list of CPU features {} {why}", path.display()))
             };
             let mut text = String::new();
-            let file =
-                std::fs::File::open(path).map_err(|e| unusable(format!("can't be read: {e}")))?;
+            // One that is a pipe might never be opened.
+            let mut options = std::fs::OpenOptions::new();
+            let opened = options.read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+            let file = opened.map_err(|e| unusable(format!("can't be read: {e}")))?;
+            if !file.metadata().is_ok_and(|found| found.is_file()) {
+                return Err(unusable("is no plain file".to_owned()));
+            }
             let read = file.take(LIST_BYTES + 1).read_to_string(&mut text);
             read.map_err(|e| unusable(format!("can't be read: {e}")))?;
             if text.len() as u64 > LIST_BYTES {
@@ -94,5 +101,9 @@ mod tests {
         assert_eq!((order.name.as_str(), order.features.len()), ("rack-1", 2));
         std::fs::write(&path, "# nothing\n").unwrap();
         assert!(matches!(cpu(&Cpu::Listed(path)), Err(Failure::Usage(_))));
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let refused = cpu(&Cpu::Listed(pipe)).unwrap_err().to_string();
+        assert!(refused.contains("no plain file"), "{refused}");
     }
 }

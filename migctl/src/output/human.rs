@@ -3,8 +3,8 @@
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::json::{
-    AdoptPlan, Blocker, CheckpointPlan, Host, Inspection, Migration, Outcome, Plan, Process,
-    Workload,
+    AdoptPlan, Blocker, CheckpointPlan, Host, Inspection, Migration, MigrationFailure, Outcome,
+    Plan, Process, Workload,
 };
 use crate::units::{plain, show_bytes, show_ms};
 
@@ -38,7 +38,7 @@ pub fn workload(workload: &Workload) -> String {
 
 fn note(workload: &Workload) -> String {
     let moved = workload.moved_to.as_ref().map(|peer| match workload.state {
-        "in_doubt" => format!("handed to {peer}, not confirmed"),
+        "in_doubt" => format!("{peer} has not said the last word"),
         _ => format!("now at {peer}"),
     });
     let parts: Vec<_> = [moved, workload.reason.clone()].into_iter().flatten().collect();
@@ -75,7 +75,7 @@ pub fn inspection(inspection: &Inspection) -> String {
     facts.retain(|(label, value)| *label != "note" || !value.is_empty());
     let mut text = aligned(&facts);
     if let Some(last) = &inspection.last_migration {
-        text.push_str(&format!("\nlast migration:\n{}", migration(last)));
+        text.push_str(&format!("\nlast migration:\n{}{}", migration(last), why(last)));
     }
     text
 }
@@ -180,12 +180,21 @@ pub fn migration(result: &Migration) -> String {
         Some(false) => "NO: memory differs",
     };
     facts.push(("verified", verified.to_owned()));
-    let mut text =
-        format!("{} {}\n{}", plain(&headline), plain(&result.destination), aligned(&facts));
-    for blocker in &result.blockers {
-        text.push_str(&self::blocker(blocker));
+    format!("{} {}\n{}", plain(&headline), plain(&result.destination), aligned(&facts))
+}
+
+/// Why it did not move, which `migrate` itself says on stderr.
+fn why(result: &Migration) -> String {
+    if !result.blockers.is_empty() {
+        return result.blockers.iter().map(blocker).collect();
     }
-    text
+    let Some(failure) = &result.failure else { return String::new() };
+    let MigrationFailure { message, host, phase, remedy } = failure;
+    let mut facts = vec![("why", message.clone())];
+    facts.extend(host.clone().map(|host| ("at", host)));
+    facts.extend(phase.map(|phase| ("phase", phase.to_owned())));
+    facts.extend(remedy.clone().map(|remedy| ("what to do", remedy)));
+    format!("\n{}", aligned(&facts))
 }
 
 fn with_reason(mode: &str, reason: Option<&str>) -> String {
@@ -207,8 +216,10 @@ fn downtime(result: &Migration) -> String {
             named.iter().map(|(name, ms)| format!("{name} {}", show_ms(*ms))).collect();
         text.push_str(&format!(" ({})", named.join(", ")));
     }
-    let predicted = result.predicted_downtime_ms.unwrap_or_default();
-    format!("{text}; predicted {}", show_ms(predicted))
+    match result.predicted_downtime_ms.filter(|ms| *ms > 0.0) {
+        Some(predicted) => format!("{text}; predicted {}", show_ms(predicted)),
+        None => format!("{text}; not predicted: nothing was measured to that host yet"),
+    }
 }
 
 fn rounds(result: &Migration) -> String {

@@ -64,7 +64,7 @@ fn the_table_shows_what_people_need() {
     let lines: Vec<_> = all.lines().map(|l| l.split_whitespace().collect::<Vec<_>>()).collect();
     assert_eq!(lines[0], ["NAME", "KIND", "STATE", "EPOCH", "MEMORY", "CPUS", "NOTE"]);
     assert_eq!(lines[1], ["db", "vm", "stopped", "2", "1.00", "GiB", "1", "triple", "fault"]);
-    assert!(all.contains("handed to b:1, not confirmed") && all.contains("now at b:1"), "{all}");
+    assert!(all.contains("b:1 has not said the last word") && all.contains("now at b:1"), "{all}");
     assert!(!fake.migctl(&["list"]).stdout.contains("old"));
 }
 

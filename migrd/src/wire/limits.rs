@@ -87,7 +87,9 @@ pub enum BatchError {
         data: u64,
     },
     /// The bytes are not those that were sent.
-    #[error("the checksum of batch {sequence} is wrong: memory or network corrupts data")]
+    #[error(
+        "the checksum of batch {sequence} is wrong: its bytes are not those that were sent or written"
+    )]
     Checksum {
         /// Which batch.
         sequence: u64,

@@ -9,6 +9,12 @@ fn main() -> ExitCode {
         eprintln!("usage: pulse-image OUT");
         return ExitCode::from(2);
     };
+    // A file of such a name can be had as ./-name.
+    if out.as_encoded_bytes().starts_with(b"-") {
+        eprintln!("usage: pulse-image OUT");
+        let asked = matches!(out.to_str(), Some("-h" | "--help"));
+        return if asked { ExitCode::SUCCESS } else { ExitCode::from(2) };
+    }
     let out = PathBuf::from(out);
     match pulse::write_image(&out) {
         Ok(()) => ExitCode::SUCCESS,

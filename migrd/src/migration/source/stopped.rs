@@ -105,6 +105,11 @@ impl Run {
             }
             tracing::debug!(?found, sent = ?started.elapsed(), "part of the last pages");
             pages += part.count();
+            let bytes = part.count().saturating_mul(PAGE_SIZE);
+            self.record.context.progress.send_modify(|p| {
+                p.sent += bytes;
+                p.remaining = p.remaining.saturating_sub(bytes);
+            });
         }
         let (totals, memory_took) = match sent {
             Some(sent) => sent,
@@ -129,6 +134,10 @@ impl Run {
         }
         let both = started.elapsed();
         self.record.tally.lanes = totals;
+        // Of a small process tree that is everything.
+        let carried = u64::try_from(state.len()).unwrap_or(u64::MAX);
+        self.record.tally.lanes.bytes_on_wire += carried;
+        self.record.context.progress.send_modify(|p| p.sent += carried);
         self.record.tally.downtime.memory = memory_took;
         self.record.tally.downtime.state = both.saturating_sub(memory_took);
         let hashes = if self.context().request.verify {

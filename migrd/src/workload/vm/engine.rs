@@ -308,7 +308,10 @@ impl Engine for VmEngine {
                 problems.extend(nets::problems(&config.nets));
                 problems.extend(disks::problems(manifest, config.disks, by).await);
             }
-            Err(error) => problems.push(Problem::new("engine", error.to_string(), HOSTS)),
+            Err(error) => {
+                let remedy = "bring both daemons to the same version";
+                problems.push(Problem::new("engine", error.to_string(), remedy));
+            }
         }
         if let Ok(config) = decode(manifest) {
             problems.extend(cpu::problems(&config).await);
@@ -417,7 +420,8 @@ fn check_offered(manifest: &Manifest) -> Result<proto::VmConfig, WorkloadError> 
     let expected = expected.map_err(|e| WorkloadError::new(e.to_string()))?;
     let plain = |spec: &StreamSpec| StreamSpec { used: 0, ..spec.clone() };
     let offered: Vec<_> = manifest.streams.iter().map(plain).collect();
-    if manifest.memory_bytes != config.memory_bytes || offered != expected {
+    let size = (manifest.memory_bytes, manifest.cpus);
+    if size != (config.memory_bytes, config.cpus) || offered != expected {
         let text = "what is offered does not fit the VM's own description";
         return Err(WorkloadError::new(text));
     }

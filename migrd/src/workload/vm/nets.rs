@@ -47,6 +47,12 @@ pub enum NetError {
         /// Its name.
         bridge: String,
     },
+    /// Another kind of interface has the name.
+    #[error("the interface {name} is no bridge")]
+    NotBridge {
+        /// Its name.
+        name: String,
+    },
     /// The tap is a port of another bridge.
     #[error("the tap {tap} is in the bridge {found}, not in {bridge}")]
     OtherBridge {
@@ -84,12 +90,23 @@ impl NetError {
                 ),
             ),
             Self::NotTap { name } => {
-                ("destination-tap-missing", format!("give the interface {name} another name there"))
+                let remedy = format!(
+                    "rename the interface {name} there if that can be, or start the VM with a tap \
+                     of another name"
+                );
+                ("destination-tap-missing", remedy)
             }
             Self::Busy { .. } => ("destination-tap-busy", "stop what uses it there".to_owned()),
             Self::NoBridge { bridge } => (
                 "destination-bridge-missing",
                 format!("make it there: `ip link add {bridge} type bridge`"),
+            ),
+            Self::NotBridge { name } => (
+                "destination-bridge-missing",
+                format!(
+                    "rename the interface {name} there if that can be, or start the VM with a \
+                     bridge of another name"
+                ),
             ),
             Self::OtherBridge { tap, bridge, .. } => (
                 "destination-tap-busy",
@@ -105,7 +122,12 @@ impl NetError {
 
     fn on_this_host(&self) -> WorkloadError {
         let Problem { message, remedy, .. } = self.problem();
-        WorkloadError::new(format!("{message}; {}", remedy.replace(" there", "")))
+        let remedy = match self {
+            Self::NotTap { .. } => "name a tap".to_owned(),
+            Self::NotBridge { .. } => "name a bridge".to_owned(),
+            _ => remedy.replace(" there", ""),
+        };
+        WorkloadError::new(format!("{message}; {remedy}"))
     }
 }
 
@@ -194,8 +216,14 @@ pub fn problems(nets: &[NetConfig]) -> Vec<Problem> {
 /// Says whether the tap is there.
 fn look(net: &NetConfig) -> Result<bool, NetError> {
     let NetConfig { tap, bridge, mac: _ } = net;
-    if !bridge.is_empty() && seen(bridge)? != Some(Interface::Bridge) {
-        return Err(NetError::NoBridge { bridge: bridge.clone() });
+    if !bridge.is_empty() {
+        match seen(bridge)? {
+            Some(Interface::Bridge) => {}
+            Some(Interface::Tap { .. } | Interface::Other) => {
+                return Err(NetError::NotBridge { name: bridge.clone() });
+            }
+            None => return Err(NetError::NoBridge { bridge: bridge.clone() }),
+        }
     }
     match seen(tap)? {
         None if bridge.is_empty() => Err(NetError::NoTap { tap: tap.clone() }),

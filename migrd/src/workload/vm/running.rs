@@ -203,7 +203,7 @@ impl Workload for Vm {
     async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError> {
         let Carry { disks, to_files: _, verify: _, chain: _, process: _ } = what;
         let alive = self.alive()?;
-        let carried = if disks { Some(alive.disks.read().await?) } else { None };
+        let carried = if disks { Some(alive.disks.read(&alive.child).await?) } else { None };
         let streams = all_streams(alive.child.config(), disks);
         let mut streams = streams.map_err(|e| WorkloadError::new(e.to_string()))?;
         let log = std::fs::File::open(&alive.child.log().path);
@@ -233,9 +233,10 @@ impl Workload for Vm {
     }
 
     async fn problems(&mut self) -> Result<Vec<Problem>, WorkloadError> {
-        // What a disk or a device has against it is found when it is carried or
+        // What else a disk or a device has against it is found when it is carried or
         // drained.
-        Ok(Vec::new())
+        let alive = self.alive()?;
+        alive.disks.strayed(&alive.child).await
     }
 
     fn ahead(&self) -> Ahead {
@@ -310,10 +311,10 @@ impl Workload for Vm {
         }
         // Most of what is not durable yet, while the guest goes on writing; what
         // it writes until its devices stand is little.
-        alive.disks.sync().await?;
+        alive.disks.sync(&alive.child).await?;
         alive.drained = true;
         alive.child.drain(DRAIN_LIMIT).await.map_err(told("have its devices stand"))?;
-        alive.disks.sync().await
+        alive.disks.sync(&alive.child).await
     }
 
     async fn freeze(&mut self) -> Result<(), WorkloadError> {

@@ -127,6 +127,15 @@ pub enum DiskError {
         /// MiB that are free.
         free: u64,
     },
+    /// The VM has another file open than the one that is there by now.
+    #[error(
+        "{} does not lead to the disk image any more that the VM has open under that name",
+        path.display()
+    )]
+    Strayed {
+        /// Where.
+        path: PathBuf,
+    },
     /// A read-only image that was there is another one.
     #[error("the read-only disk image {} differs from the source's", path.display())]
     Differs {
@@ -136,7 +145,7 @@ pub enum DiskError {
 }
 
 impl DiskError {
-    /// Its name for scripts, as a destination says it.
+    /// Its name for scripts, as a destination says it, or a source of its own disks.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -147,6 +156,7 @@ impl DiskError {
             Self::Exists { .. } => "destination-disk-exists",
             Self::NoSpace { .. } => "destination-disk-space",
             Self::Differs { .. } => "destination-disk-differs",
+            Self::Strayed { .. } => "source-disk-strayed",
             Self::Io { .. }
             | Self::NotAnImage { .. }
             | Self::DamagedNote { .. }
@@ -160,8 +170,8 @@ impl DiskError {
     #[must_use]
     pub fn remedy(&self) -> String {
         match self {
-            Self::Missing { .. } => "make the image reachable there by the same path, or send it \
-                                     along with --copy-disks"
+            Self::Missing { .. } => "make the image reachable there by the same path; a move can \
+                                     take it along with --copy-disks"
                 .into(),
             Self::Io { .. } | Self::NotAnImage { .. } => {
                 "name a raw image or a block device that migrd may open".into()
@@ -191,6 +201,9 @@ impl DiskError {
                 "block devices are not copied: share them, or use image files".into()
             }
             Self::NoSpace { .. } => "make room there".into(),
+            Self::Strayed { .. } => {
+                "bring that file back to its path (it is still open), or stop the VM".into()
+            }
             Self::Differs { .. } => "remove it at the destination, so that it is copied".into(),
         }
     }

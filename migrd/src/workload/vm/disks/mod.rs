@@ -10,6 +10,7 @@ mod error;
 mod holder;
 mod image;
 mod offer;
+mod same;
 mod stream;
 
 use std::os::fd::OwnedFd;
@@ -20,7 +21,7 @@ use migr_proto::v1::DiskConfig;
 
 use super::child::{Backing, Child, Device};
 use super::told;
-use crate::workload::WorkloadError;
+use crate::workload::{Problem, WorkloadError};
 use holder::{Note, State};
 
 pub use config::{MAX_DISKS, check, check_copied, check_path, index_of, stream, streams};
@@ -180,19 +181,39 @@ impl Disks {
         self.close();
     }
 
+    /// Which of them can't be found by their paths any more: something else is there, or
+    /// nothing. Whoever opens them anew would get another disk.
+    ///
+    /// # Errors
+    /// When `child` can't be looked into.
+    pub async fn strayed(&self, child: &Child) -> Result<Vec<Problem>, WorkloadError> {
+        if self.disks.is_empty() || !self.are_held() {
+            return Ok(Vec::new());
+        }
+        let (disks, pid) = (self.disks.clone(), child.pid());
+        apart(move || {
+            let open = same::open_in(pid)?;
+            let found = disks.iter().filter_map(|disk| same::check(disk, &open).err());
+            Ok(found.map(|error| error.problem()).collect())
+        })
+        .await
+    }
+
     /// Makes durable what was written to them so far. They stay open.
     ///
     /// # Errors
     /// Which disk does not take it.
-    pub async fn sync(&self) -> Result<(), WorkloadError> {
+    pub async fn sync(&self, child: &Child) -> Result<(), WorkloadError> {
         if !self.are_held() {
             return Ok(());
         }
-        let disks = self.disks.clone();
+        let (disks, pid) = (self.disks.clone(), child.pid());
         apart(move || {
+            let open = same::open_in(pid)?;
             // Whatever descriptor it is done through, it is the same file.
             let writable = disks.iter().filter(|disk| !disk.read_only);
             writable.into_iter().try_for_each(|disk| {
+                same::check(disk, &open)?;
                 Image::open(Path::new(&disk.path), true).and_then(|image| image.sync())
             })
         })
@@ -203,12 +224,14 @@ impl Disks {
     ///
     /// # Errors
     /// Which disk can't be read.
-    pub async fn read(&self) -> Result<DiskStreams, WorkloadError> {
+    pub async fn read(&self, child: &Child) -> Result<DiskStreams, WorkloadError> {
         config::check_copied(&self.disks)?;
-        let disks = self.disks.clone();
+        let (disks, pid) = (self.disks.clone(), child.pid());
         apart(move || {
+            let open = same::open_in(pid)?;
             let mut streams = DiskStreams::default();
             for disk in disks.iter() {
+                same::check(disk, &open)?;
                 let image = Image::open_as(&DiskConfig { read_only: true, ..disk.clone() })?;
                 streams.push(image.file, image.path, image.bytes, Use::Read);
             }
@@ -281,7 +304,16 @@ fn shared_problem(disk: &DiskConfig, by: &Holder) -> Result<(), DiskError> {
 /// # Errors
 /// Why it can't be a disk.
 pub async fn measure(path: String, read_only: bool) -> Result<u64, WorkloadError> {
-    apart(move || Image::open(Path::new(&path), read_only).map(|image| image.bytes)).await
+    let measured = tokio::task::spawn_blocking(move || Image::open(Path::new(&path), read_only));
+    match measured.await {
+        Ok(Ok(image)) => Ok(image.bytes),
+        // Nothing is on its way to anywhere.
+        Ok(Err(error @ DiskError::Missing { .. })) => Err(WorkloadError::new(format!(
+            "{error}: make it (`truncate -s 1G FILE`), or name another"
+        ))),
+        Ok(Err(error)) => Err(error.into()),
+        Err(error) => Err(WorkloadError::caused("working on its disks failed", error)),
+    }
 }
 
 #[cfg(test)]
