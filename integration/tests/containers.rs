@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use integration::daemon::Daemon;
@@ -217,10 +217,7 @@ fn what_was_started_in_a_container_from_outside_is_named_in_the_plan() -> Result
     let (pair, bundle) = with_bundle()?;
     bundle.run(&pair.a, &[])?;
     let (id, _) = identity(&pair.a)?;
-    let mut session = Command::new("runc");
-    session.arg("--root").arg(pair.a.state_dir().join("runc"));
-    session.args(["exec", &id, "/bin/cat"]).stdin(Stdio::piped()).stdout(Stdio::null());
-    let mut session = session.spawn().context("install runc")?;
+    let mut session = exec_cat(&pair.a, &id)?;
     let seen = wait::until("the plan to name it", || {
         let ran = plan(&pair.a, &pair.b)?;
         // Until it has become that, it is runc.
@@ -229,6 +226,42 @@ fn what_was_started_in_a_container_from_outside_is_named_in_the_plan() -> Result
     drop(session.stdin.take());
     session.wait()?;
     seen?.expect(3, &["exec-session", "cat", "runc exec"])?;
+    moves(&pair.a, &pair.b, NAME, &[])?;
+    counter().counts(&pair.b, 5)?;
+    pair.finish(NAME)
+}
+
+/// A `cat` in the host's container that runc knows as `id`, until its input is closed.
+fn exec_cat(host: &Daemon, id: &str) -> Result<Child> {
+    let mut session = Command::new("runc");
+    session.arg("--root").arg(host.state_dir().join("runc"));
+    session.args(["exec", id, "/bin/cat"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    session.spawn().context("install runc")
+}
+
+#[test]
+fn what_is_started_in_a_container_behind_the_plan_keeps_it_where_it_is() -> Result<()> {
+    let mut pair = HostPair::without_kvm()?;
+    let bundle = Bundle::make(pair.directory())?;
+    pair.a.halt_at(Some("source-offered"));
+    pair.a.start()?;
+    pair.b.start()?;
+    can_move(&pair.a)?;
+    bundle.run(&pair.a, &[])?;
+    let (id, _) = identity(&pair.a)?;
+    let moving = start_moving(&pair.a, &pair.b.to(), NAME)?;
+    pair.a.wait_halted()?;
+    let mut session = exec_cat(&pair.a, &id)?;
+    let mut say = session.stdin.take().context("no input")?;
+    say.write_all(b"here")?;
+    session.stdout.take().context("no output")?.read_exact(&mut [0; 4])?;
+    pair.a.go_on()?;
+    moving.wait()?.expect(4, &["cat (", "started in it from outside", "runc exec"])?;
+    let before = counter().last(&pair.a)?;
+    ensure!(counter().counts(&pair.a, 5)? > before, "it stands still");
+    ensure!(session.try_wait()?.is_none(), "what was started in it has ended");
+    drop(say);
+    session.wait()?;
     moves(&pair.a, &pair.b, NAME, &[])?;
     counter().counts(&pair.b, 5)?;
     pair.finish(NAME)

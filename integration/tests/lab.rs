@@ -69,7 +69,7 @@ fn hosts_whose_cpus_differ_exchange_a_guest_of_the_baseline_only() -> Result<()>
 }
 
 #[test]
-fn a_process_with_a_connection_does_not_notice_its_moves() -> Result<()> {
+fn a_process_and_a_container_with_connections_do_not_notice_their_moves() -> Result<()> {
     // There and back in both modes.
     let number = moves(4)?;
     attempts(|| trees::there_and_back(number))

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use integration::daemon::Daemon;
 use integration::host_pair::HostPair;
 use integration::leaks;
+use integration::process::container::{self, Bundle};
 use integration::process::crit::crit;
 use integration::process::snapshot::{self, image_names, images, largest};
 use integration::process::{
@@ -324,6 +325,19 @@ fn a_snapshot_builds_on_another_only_where_the_kernel_tracks_memory() -> Result<
     let pair = process::hosts()?;
     let counter = Counter::small();
     counter.run(&pair.a)?;
+    builds_on_another_or_says_why_not(&pair, &counter)?;
+    pair.finish(counter.name)
+}
+
+#[test]
+fn a_snapshot_of_a_container_builds_on_another_where_one_of_a_tree_does() -> Result<()> {
+    let pair = process::hosts()?;
+    Bundle::make(pair.directory())?.run(&pair.a, &[])?;
+    builds_on_another_or_says_why_not(&pair, &container::counter())?;
+    pair.finish(container::NAME)
+}
+
+fn builds_on_another_or_says_why_not(pair: &HostPair, counter: &Counter) -> Result<()> {
     let place = |name: &str| pair.directory().join(name);
     let (first, second) = (place("first"), place("second"));
     pair.a.migctl(&["checkpoint", counter.name, "--to", text(&first)?])?.ok()?;
@@ -340,5 +354,5 @@ fn a_snapshot_builds_on_another_only_where_the_kernel_tracks_memory() -> Result<
     let none = ["checkpoint", counter.name, "--to", text(&second)?, "--parent", text(&second)?];
     pair.a.migctl(&none)?.expect(1, &["no manifest.json"])?;
     counter.counts(&pair.a, 3)?;
-    pair.finish(counter.name)
+    Ok(())
 }

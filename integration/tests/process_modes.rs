@@ -1,10 +1,12 @@
-//! Which mode a process tree moves in, by real CRIU, and what is said of it.
+//! Which mode a process tree or a container moves in, by real CRIU, and what is said of
+//! it.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
-use integration::host_pair::migrate;
+use integration::host_pair::{HostPair, migrate};
+use integration::process::container::{self, Bundle};
 use integration::process::{self, Counter, PYTHON, start, wait_for_line};
 use serde_json::Value;
 
@@ -31,6 +33,12 @@ fn precopy_works_where_the_kernel_tracks_memory_and_is_refused_by_name_elsewhere
     let pair = process::hosts()?;
     let counter = Counter::small();
     counter.run(&pair.a)?;
+    goes_ahead_or_says_why_not(&pair, &counter)?;
+    pair.finish(counter.name)
+}
+
+/// Has it moved with precopy, if the kernel lets it.
+fn goes_ahead_or_says_why_not(pair: &HostPair, counter: &Counter) -> Result<()> {
     let tracks = kernel_tracks_memory()?;
     for options in [&["--mode", "precopy", "--dry-run"][..], &["--mode", "precopy"]] {
         let said = migrate(&pair.a, &pair.b, counter.name, options)?;
@@ -49,7 +57,15 @@ fn precopy_works_where_the_kernel_tracks_memory_and_is_refused_by_name_elsewhere
     }
     let home = if tracks { &pair.b } else { &pair.a };
     counter.counts(home, 5)?;
-    pair.finish(counter.name)
+    Ok(())
+}
+
+#[test]
+fn precopy_of_a_container_works_where_that_of_a_tree_does() -> Result<()> {
+    let pair = process::hosts()?;
+    Bundle::make(pair.directory())?.run(&pair.a, &[])?;
+    goes_ahead_or_says_why_not(&pair, &container::counter())?;
+    pair.finish(container::NAME)
 }
 
 #[test]
@@ -57,6 +73,21 @@ fn without_an_order_a_small_tree_is_stopped_and_plan_and_report_say_why() -> Res
     let pair = process::hosts()?;
     let counter = Counter::small();
     counter.run(&pair.a)?;
+    is_stopped_and_says_why(&pair, &counter)?;
+    pair.finish(counter.name)
+}
+
+#[test]
+fn without_an_order_a_small_container_is_stopped_and_plan_and_report_say_why() -> Result<()> {
+    let pair = process::hosts()?;
+    Bundle::make(pair.directory())?.run(&pair.a, &[])?;
+    is_stopped_and_says_why(&pair, &container::counter())?;
+    container::is_whole(&pair.b)?;
+    pair.finish(container::NAME)
+}
+
+/// Has it moved as migr likes.
+fn is_stopped_and_says_why(pair: &HostPair, counter: &Counter) -> Result<()> {
     let why = if kernel_tracks_memory()? { "a stop takes no longer" } else { "does not track" };
     let plan = migrate(&pair.a, &pair.b, counter.name, &["--dry-run"])?.ok()?.json()?;
     let report = migrate(&pair.a, &pair.b, counter.name, &[])?.ok()?.json()?;
@@ -66,7 +97,7 @@ fn without_an_order_a_small_tree_is_stopped_and_plan_and_report_say_why() -> Res
     ensure!(plan["max_downtime_ms"] == 0.0, "a limit that nobody set: {plan}");
     ensure!(report["rounds"] == serde_json::json!([]), "{report}");
     counter.counts(&pair.b, 5)?;
-    pair.finish(counter.name)
+    Ok(())
 }
 
 #[test]

@@ -160,7 +160,8 @@ Example:
 
 const CHECKPOINT_AFTER_HELP: &str = "\
 The workload stands still while it is written, and goes on, or with --stop ends as by `migctl stop
---force`. Of a process tree the directory has CRIU's files in DIR/images, for crit and for `restore`.
+--force`. Of a process tree or container the directory has CRIU's files in DIR/images, for crit and
+for `restore`.
 
 Exit status: 0 written (with --dry-run: nothing stands in the way), 1 failed, 2 wrong usage,
 3 with --dry-run: something stands in the way.
@@ -345,12 +346,12 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
     pub to: String,
     /// How memory gets to the destination; by default the best way that the workload has:
-    /// precopy for VMs and for large process trees whose memory the kernel tracks, else
-    /// stop.
+    /// precopy for VMs, and for large process trees and containers whose memory the kernel
+    /// tracks, else stop.
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
     /// Stop the workload when this downtime is predicted; by default 50ms for VMs, and as
-    /// short as can be for process trees.
+    /// short as can be for process trees and containers.
     #[arg(long, value_name = "DURATION", value_parser = parse_downtime)]
     pub max_downtime: Option<u32>,
     /// Give up, and stay at the source, when it takes longer.

@@ -32,7 +32,7 @@ fn written(work: &Work, pid: u32) -> Result<(), Failure> {
     let started = Session::start(Launch::plain(&work.criu));
     let mut session = started.map_err(|e| system_failure(&e))?;
     // Processes that start others all the time would be hard to get hold of.
-    cgroup.freeze().map_err(|e| system_failure(&e))?;
+    cgroup.freeze_tree(pid).map_err(|e| not_still(&e))?;
     let criu = session.pid();
     let asked = session.request(&Request::pre_dump(options));
     let done = std::thread::scope(|scope| {
@@ -49,4 +49,8 @@ fn written(work: &Work, pid: u32) -> Result<(), Failure> {
     });
     cgroup.set_frozen(false).map_err(|e| system_failure(&e))?;
     done
+}
+
+fn not_still(error: &io::Error) -> Failure {
+    Failure { code: "not_still", message: error.to_string(), remedy: "then try again" }
 }

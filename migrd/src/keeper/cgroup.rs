@@ -1,6 +1,7 @@
 //! The cgroup of one process tree: by it the tree is frozen and killed as a whole
 //! (cgroup v2, `cgroup.freeze` and `cgroup.kill`).
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,6 +16,10 @@ const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a tree may take to die.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_micros(500);
+/// How long what was started in it from outside is given to end by itself, as a check
+/// of a container's health does; and how often to look.
+const STRANGER_LIMIT: Duration = Duration::from_secs(2);
+const STRANGER_PAUSE: Duration = Duration::from_millis(50);
 
 /// A cgroup.
 #[derive(Debug)]
@@ -157,6 +162,46 @@ impl Cgroup {
         )))
     }
 
+    /// Returns when everything in it stands still, and all of that is `init` and what is
+    /// below: CRIU does not see what was started in a container from outside, and would
+    /// be waited for in vain to have it in its hand.
+    ///
+    /// # Errors
+    /// When something does not stand still, or such a process does not end, within some
+    /// seconds; everything is as before then.
+    pub fn freeze_tree(&self, init: u32) -> io::Result<()> {
+        let was_frozen = self.has_event("frozen 1")?;
+        let started = Instant::now();
+        loop {
+            self.freeze()?;
+            let Some(stranger) = self.stranger(init)? else { return Ok(()) };
+            if !was_frozen {
+                self.set_frozen(false)?;
+            }
+            if was_frozen || started.elapsed() > STRANGER_LIMIT {
+                let name = fs::read_to_string(format!("/proc/{stranger}/comm"));
+                return Err(io::Error::other(format!(
+                    "{} ({stranger}) was started in it from outside and can't move with it: end \
+                     what was started with `runc exec`",
+                    name.as_deref().unwrap_or("a process").trim_end()
+                )));
+            }
+            std::thread::sleep(STRANGER_PAUSE);
+        }
+    }
+
+    /// A process in it that is not below `init`.
+    fn stranger(&self, init: u32) -> io::Result<Option<u32>> {
+        let parent = |pid: &u32| Some((*pid, parent_of(*pid)?));
+        let parents: HashMap<u32, u32> = self.processes()?.iter().filter_map(parent).collect();
+        let is_below = |pid: u32| {
+            let ancestors = std::iter::successors(Some(pid), |pid| parents.get(pid).copied());
+            // Numbers that are used again meanwhile may make a ring.
+            ancestors.take(parents.len() + 1).any(|pid| pid == init)
+        };
+        Ok(parents.keys().copied().find(|pid| !is_below(*pid)))
+    }
+
     /// Kills everything in it and returns when nothing is left.
     ///
     /// # Errors
@@ -178,8 +223,7 @@ impl Cgroup {
     fn wait_for(&self, line: &str, limit: Duration) -> io::Result<bool> {
         let started = Instant::now();
         loop {
-            let events = fs::read_to_string(self.path.join("cgroup.events"))?;
-            if events.lines().any(|found| found == line) {
+            if self.has_event(line)? {
                 return Ok(true);
             }
             if started.elapsed() > limit {
@@ -187,6 +231,11 @@ impl Cgroup {
             }
             std::thread::sleep(PAUSE);
         }
+    }
+
+    fn has_event(&self, line: &str) -> io::Result<bool> {
+        let events = fs::read_to_string(self.path.join("cgroup.events"))?;
+        Ok(events.lines().any(|found| found == line))
     }
 
     /// Removes it and every cgroup below, with everything in them killed. Harmless
@@ -210,6 +259,14 @@ impl Cgroup {
     }
 }
 
+/// The parent of a process that is still there; from `/proc/PID/stat` (proc(5)), where its
+/// name may have anything in it, and is in parentheses.
+fn parent_of(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(1)?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use std::process::Command;
@@ -231,5 +288,30 @@ mod tests {
         assert!(!cgroup.path().exists());
         assert!(!child.wait().unwrap().success(), "it was killed");
         cgroup.remove().unwrap();
+    }
+
+    #[test]
+    fn a_tree_with_a_stranger_in_its_cgroup_is_left_running() {
+        let name = format!("migr-strangers-{}", std::process::id());
+        let cgroup = Cgroup::at(&root().unwrap().join(name));
+        cgroup.make().expect("run the tests as root");
+        let start = |command: &str| {
+            let child = Command::new("sh").args(["-c", command]).spawn().unwrap();
+            fs::write(cgroup.processes_file(), child.id().to_string()).unwrap();
+            child
+        };
+        let mut init = start("sleep 1000; true");
+        cgroup.freeze_tree(init.id()).unwrap();
+        assert!(cgroup.has_event("frozen 1").unwrap());
+        cgroup.set_frozen(false).unwrap();
+        let mut stranger = start("exec sleep 1000");
+        let error = cgroup.freeze_tree(init.id()).unwrap_err().to_string();
+        assert!(error.contains(&format!("({})", stranger.id())), "{error}");
+        assert!(cgroup.wait_for("frozen 0", KILL_LIMIT).unwrap(), "it stands still");
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+        cgroup.freeze_tree(init.id()).unwrap();
+        cgroup.remove().unwrap();
+        init.wait().unwrap();
     }
 }

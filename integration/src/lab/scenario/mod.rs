@@ -2,6 +2,7 @@
 //! table. `tests/lab.rs` and `lab.sh demo` run them.
 
 pub mod boots;
+mod containers;
 pub mod cpus;
 pub mod cut;
 pub mod demo;

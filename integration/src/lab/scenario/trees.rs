@@ -1,22 +1,24 @@
-//! Process trees move between hosts whose kernels track memory.
+//! Process trees, and containers, move between hosts whose kernels track memory.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::containers;
 use super::table::{Table, figure};
 use crate::lab::Lab;
 use crate::lab::daemon::STATE;
 use crate::lab::host::{Host, tail};
 use crate::lab::layout::BRIDGE;
 use crate::lab::settings::Settings;
+use crate::migctl::Ran;
 use crate::process::PYTHON;
 use crate::wait;
 
-const SERVER: &str = include_str!("../../process/server.py");
+pub(super) const SERVER: &str = include_str!("../../process/server.py");
 const CLIENT: &str = include_str!("../../process/client.py");
-const DIRTY: &str = include_str!("dirty.py");
+pub(super) const DIRTY: &str = include_str!("dirty.py");
 const ADDRESS: &str = "10.99.0.60";
-const PORT: &str = "7000";
+pub(super) const PORT: &str = "7000";
 /// While this file is there the client goes on.
 const GO_ON: &str = "/run/client-goes-on";
 const CLIENT_LOG: &str = "/run/client.log";
@@ -47,7 +49,7 @@ fn run(host: &Host, name: &str, options: &[&str], script: &str, args: &[&str]) -
 }
 
 /// Moves it, as short as that goes; the report of a move that completed.
-fn moved(name: &str, from: &Host, to: &Host, options: &[&str]) -> Result<Value> {
+pub(super) fn moved(name: &str, from: &Host, to: &Host, options: &[&str]) -> Result<Value> {
     let address = to.number().migrd().to_string();
     let report = from.ask(&[&["migrate", name, "--to", &address], options].concat())?;
     let way = format!("from host {} to {}", from.number(), to.number());
@@ -67,7 +69,10 @@ struct Left {
 impl Left {
     fn at(host: &Host) -> Result<Self> {
         let things = host.sh(&format!(
-            "ls -d /sys/fs/cgroup/migr-* {STATE}/processes/* 2>/dev/null
+            "ls -d /sys/fs/cgroup/migr-* 2>/dev/null
+             for kind in processes containers rootfs runc; do
+                 ls -d {STATE}/$kind/* 2>/dev/null
+             done
              for net in /sys/class/net/*; do
                  [ -e $net/master ] && [ ${{net##*/}} != eth0 ] && echo $net
              done
@@ -98,21 +103,21 @@ fn nothing_is_left(lab: &Lab, before: &[Left]) -> Result<()> {
     Ok(())
 }
 
-fn ends(host: &Host, name: &str) -> Result<()> {
+pub(super) fn ends(host: &Host, name: &str) -> Result<()> {
     host.migctl(&["stop", name, "--force"])?.ok()?;
     host.migctl(&["rm", name])?.ok().map(drop)
 }
 
 /// A client in a host of a server that moves.
-struct Client<'a> {
+pub(super) struct Client<'a> {
     host: &'a Host,
 }
 
 impl<'a> Client<'a> {
-    fn start(host: &'a Host) -> Result<Self> {
-        host.sh(&format!("touch {GO_ON}"))?;
+    pub(super) fn start(host: &'a Host, address: &str) -> Result<Self> {
+        host.sh(&format!("rm -f {CLIENT_LOG}; touch {GO_ON}"))?;
         let script = format!("while [ -e {GO_ON} ]; do sleep 0.2; done | \"$@\"");
-        let words = ["sh", "-c", &script, "-", PYTHON, "-c", CLIENT, ADDRESS, PORT];
+        let words = ["sh", "-c", &script, "-", PYTHON, "-c", CLIENT, address, PORT];
         host.spawn(&words, &[], CLIENT_LOG)?;
         let client = Self { host };
         client.goes_on()?;
@@ -134,7 +139,7 @@ impl<'a> Client<'a> {
     }
 
     /// Waits until its connection has shown that it lives.
-    fn goes_on(&self) -> Result<u64> {
+    pub(super) fn goes_on(&self) -> Result<u64> {
         let before = self.answers()?;
         wait::patiently(&format!("the client to be answered after {before}"), || {
             let now = self.answers()?;
@@ -143,7 +148,7 @@ impl<'a> Client<'a> {
     }
 
     /// Has it end, with an answer to everything.
-    fn finish(self) -> Result<()> {
+    pub(super) fn finish(self) -> Result<()> {
         self.host.sh(&format!("rm {GO_ON}"))?;
         wait::patiently("the client to end", || {
             let said = self.said()?;
@@ -154,7 +159,8 @@ impl<'a> Client<'a> {
 }
 
 /// A server with a network of its own moves there and back, by turns with and without
-/// precopy, and a client in a host keeps its connection.
+/// precopy, and a client in a host keeps its connection. Then the same of a container,
+/// once, with snapshots of it.
 ///
 /// # Errors
 /// When anything is not as if it had never moved, or something of it stays.
@@ -164,7 +170,7 @@ pub fn there_and_back(moves: usize) -> Result<()> {
     let net = format!("ip={ADDRESS}/24,bridge={BRIDGE}");
     run(lab.host(1)?, "echo", &["--net", &net], SERVER, &[PORT])?;
     lab.host(1)?.wait_for_output("echo", "listening")?;
-    let client = Client::start(lab.host(2)?)?;
+    let client = Client::start(lab.host(2)?, ADDRESS)?;
     let columns = ["move", "way", "mode", "total ms", "downtime ms", "rounds", "answers"];
     let mut table = Table::new("Moves of a process with a connection", &columns);
     for number in 0..moves {
@@ -195,17 +201,32 @@ pub fn there_and_back(moves: usize) -> Result<()> {
     ensure!(!said.contains("WRONG"), "the server says\n{}", tail(&said, 5));
     ensure!(said.matches("accepted").count() == 1, "more than one connection:\n{said}");
     ends(home, "echo")?;
-    nothing_is_left(&lab, &before)?;
     table.print();
+    containers::goes_ahead(&lab)?;
+    nothing_is_left(&lab, &before)?;
     lab.done();
     Ok(())
 }
 
 /// Where snapshots are, in a host.
-const SNAPSHOTS: &str = "/var/snapshots";
+const SNAPSHOTS: &str = "/lab/disk/snapshots";
+
+/// Where the snapshot of that name is.
+pub(super) fn place(name: &str) -> String {
+    format!("{SNAPSHOTS}/{name}")
+}
+
+/// Saves a workload, on top of the snapshot `parent` if there is one; how that ended.
+pub(super) fn save(host: &Host, what: &str, name: &str, parent: Option<&str>) -> Result<Ran> {
+    host.sh(&format!("mkdir -p {SNAPSHOTS}"))?;
+    let (to, parent) = (place(name), parent.map(place));
+    let mut words = vec!["checkpoint", what, "--to", &to];
+    words.extend(parent.iter().flat_map(|parent| ["--parent", parent]));
+    host.migctl(&words)
+}
 
 /// How many bytes the images of memory of a snapshot have.
-fn pages_bytes(host: &Host, snapshot: &str) -> Result<u64> {
+pub(super) fn pages_bytes(host: &Host, snapshot: &str) -> Result<u64> {
     let said = host.sh(&format!("cat {SNAPSHOTS}/{snapshot}/images/pages-*.img | wc -c"))?;
     Ok(said.trim().parse()?)
 }
@@ -222,14 +243,7 @@ pub fn snapshots_build_on_each_other(mib: u32) -> Result<()> {
     let (mib, rate) = (mib.to_string(), (mib * 256 / 100).to_string());
     run(host, "dirty", &[], DIRTY, &[&mib, &rate])?;
     host.wait_for_output("dirty", "beat 20")?;
-    host.sh(&format!("mkdir -p {SNAPSHOTS}"))?;
-    let place = |name: &str| format!("{SNAPSHOTS}/{name}");
-    let save = |name: &str, parent: Option<&str>| {
-        let (to, parent) = (place(name), parent.map(place));
-        let mut words = vec!["checkpoint", "dirty", "--to", &to];
-        words.extend(parent.iter().flat_map(|parent| ["--parent", parent]));
-        host.migctl(&words)
-    };
+    let save = |name: &str, parent| save(host, "dirty", name, parent);
     save("1", None)?.ok()?;
     is_whole(host, "dirty")?;
     save("2", Some("1"))?.ok()?;
@@ -253,7 +267,6 @@ pub fn snapshots_build_on_each_other(mib: u32) -> Result<()> {
     let image = format!("$(ls {SNAPSHOTS}/1/images/pages-*.img | head -n 1)");
     host.sh(&format!("printf x | dd of={image} bs=1 seek=4096 conv=notrunc 2>/dev/null"))?;
     host.migctl(&words)?.expect(1, &["snapshots/1", "its content is not what was written"])?;
-    // They are in the host's memory, which is looked at for what stays behind.
     host.sh(&format!("rm -r {SNAPSHOTS}"))?;
     nothing_is_left(&lab, &before)?;
     lab.done();
@@ -272,7 +285,7 @@ fn longest_silence(log: &str) -> Option<f64> {
 }
 
 /// Has the process compare all its memory, and waits for its word.
-fn is_whole(host: &Host, name: &str) -> Result<()> {
+pub(super) fn is_whole(host: &Host, name: &str) -> Result<()> {
     let before = host.guest_log(name)?.matches("whole after").count();
     let pid = host.ask(&["inspect", name])?["process"]["pid"].as_u64().context("it has no pid")?;
     host.sh(&format!("kill -USR1 {pid}"))?;
@@ -326,20 +339,22 @@ pub fn memory_goes_ahead(mib: u32) -> Result<()> {
     Ok(())
 }
 
+/// What each round of a move had, in such a unit.
+pub(super) fn figures(report: &Value, name: &str, unit: f64) -> String {
+    let rounds = report["rounds"].as_array().cloned().unwrap_or_default();
+    let each = rounds.iter().map(|round| round[name].as_f64().unwrap_or_default() / unit);
+    each.map(|value| format!("{value:.1}")).collect::<Vec<_>>().join(" ")
+}
+
 fn note(table: &mut Table, report: &Value) {
-    let list = |name: &str, unit: f64| {
-        let rounds = report["rounds"].as_array().cloned().unwrap_or_default();
-        let each = rounds.iter().map(|round| round[name].as_f64().unwrap_or_default() / unit);
-        each.map(|value| format!("{value:.1}")).collect::<Vec<_>>().join(" ")
-    };
     let mib = f64::from(1 << 20);
     let row = [
         report["mode"].as_str().unwrap_or_default().to_owned(),
         figure(report, "total_ms"),
         figure(report, "downtime_ms"),
         format!("{:.1}", report["bytes_on_wire"].as_f64().unwrap_or_default() / mib),
-        list("bytes", mib),
-        list("ms", 1.0),
+        figures(report, "bytes", mib),
+        figures(report, "ms", 1.0),
     ];
     eprintln!("{} {}", row.join("  "), report["downtime_breakdown_ms"]);
     table.row(&row);

@@ -61,7 +61,7 @@ impl Onto {
     /// What keeps a workload from it that saves files, or does not.
     pub(in super::super) fn problem(&self, saves_files: bool) -> Option<Problem> {
         (self.parent.is_some() && !saves_files).then(|| {
-            let what = "only snapshots of process trees build on others";
+            let what = "only snapshots of process trees and containers build on others";
             Problem::new("chain-kind", what, "leave --parent out")
         })
     }

@@ -65,7 +65,7 @@ impl Control {
     pub(super) fn stop(&mut self) -> io::Result<()> {
         let ready = matches!(self.phase, Phase::Dumping { stage: Stage::Ready, word: None, .. });
         self.expect(ready, "be written, since no CRIU is ready to")?;
-        self.cgroup.freeze()?;
+        self.cgroup.freeze_tree(self.init)?;
         if let Some(stdio) = &self.stdio {
             stdio.drain(&self.console);
         }

@@ -50,16 +50,12 @@ impl Chains {
     }
 
     /// What keeps the next one from building on what was chosen.
-    pub(super) fn problem(&self, tracks: bool, is_container: bool) -> Option<Problem> {
+    pub(super) fn problem(&self, tracks: bool) -> Option<Problem> {
         let after = self.chosen.after?;
-        let all = "leave --parent out: all memory is written then";
-        if is_container {
-            let what = "snapshots of containers do not build on each other in this version";
-            return Some(Problem::new("chain-container", what, all));
-        }
         if !tracks {
             let what = "the kernel of this host does not track what processes write to their \
                 memory (CONFIG_MEM_SOFT_DIRTY), so a snapshot can't build on another";
+            let all = "leave --parent out: all memory is written then";
             return Some(Problem::new("chain-not-tracked", what, all));
         }
         (self.last != Some(after)).then(|| {
@@ -86,7 +82,7 @@ mod tests {
     }
 
     fn code(chains: &Chains) -> Option<&'static str> {
-        chains.problem(true, false).map(|problem| problem.code)
+        chains.problem(true).map(|problem| problem.code)
     }
 
     #[test]
@@ -121,9 +117,8 @@ mod tests {
         assert_eq!(chains.begin(false), (String::new(), false));
         chains.written(false);
         chosen(&mut chains, Some(first));
-        let problem = chains.problem(false, false).unwrap();
+        let problem = chains.problem(false).unwrap();
         assert_eq!(problem.code, "chain-not-tracked");
         assert!(problem.remedy.contains("--parent"), "{problem:?}");
-        assert_eq!(chains.problem(true, true).unwrap().code, "chain-container");
     }
 }

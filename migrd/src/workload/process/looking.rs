@@ -120,8 +120,7 @@ impl Alive {
         let preflight::Findings { mut problems, files, resident_bytes, .. } = findings;
         self.carried.written = written;
         problems.extend(self.carried.problem());
-        let is_container = self.keeper.config().container.is_some();
-        problems.extend(self.chains.problem(self.tracks, is_container));
+        problems.extend(self.chains.problem(self.tracks));
         if let Some(root) = came.filter(|_| self.to_files) {
             problems.push(not_saved(&root));
         }

@@ -285,9 +285,6 @@ impl Workload for Tree {
         match &self.alive {
             None => not("it has ended"),
             Some(alive) if alive.paused => not("it is paused, so nothing would run meanwhile"),
-            Some(alive) if alive.keeper.config().container.is_some() => {
-                not("this version moves containers while they stand still")
-            }
             Some(alive) if !alive.tracks => {
                 not("the kernel of this host does not track what processes write to their \
                      memory (CONFIG_MEM_SOFT_DIRTY)")
