@@ -18,11 +18,13 @@ cd "$(dirname "$0")/.."
 . integration/setup.sh
 
 build() {
-    local target profile=debug
-    [ $# = 0 ] || profile=release
+    local target profile=debug plain=profile.dev.package.migrd.opt-level=0
+    [ $# = 0 ] || { profile=release && plain=${plain/dev/release}; }
     target=$(integration/target-dir.sh)
-    # The daemon with its failpoints first: what is built last keeps the name.
-    cargo build --locked --workspace --bins --features migrd/failpoints "$@" || return
+    # The daemon with its failpoints first: what is built last keeps the name. It is
+    # halted more than it runs, so it is built fast.
+    cargo build --locked --workspace --bins --features migrd/failpoints --config "$plain" \
+        "$@" || return
     cp --remove-destination "$target/$profile/migrd" "$target/$profile/migrd-failpoints" || return
     cargo build --locked --workspace --bins "$@"
 }
