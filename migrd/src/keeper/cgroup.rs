@@ -269,7 +269,8 @@ fn parent_of(pid: u32) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use std::io::Write;
+    use std::process::{Command, Stdio};
 
     use super::*;
 
@@ -295,12 +296,19 @@ mod tests {
         let name = format!("migr-strangers-{}", std::process::id());
         let cgroup = Cgroup::at(&root().unwrap().join(name));
         cgroup.make().expect("run the tests as root");
+        // What it starts comes after it was put there.
         let start = |command: &str| {
-            let child = Command::new("sh").args(["-c", command]).spawn().unwrap();
+            let script = format!("read go; {command}");
+            let mut shell = Command::new("sh");
+            let mut child = shell.args(["-c", &script]).stdin(Stdio::piped()).spawn().unwrap();
             fs::write(cgroup.processes_file(), child.id().to_string()).unwrap();
+            child.stdin.take().unwrap().write_all(b"go\n").unwrap();
             child
         };
         let mut init = start("sleep 1000; true");
+        while cgroup.processes().unwrap().len() < 2 {
+            std::thread::sleep(PAUSE);
+        }
         cgroup.freeze_tree(init.id()).unwrap();
         assert!(cgroup.has_event("frozen 1").unwrap());
         cgroup.set_frozen(false).unwrap();

@@ -90,11 +90,10 @@ fn is_below(pid: u32, tree: &Tree) -> bool {
 
 /// Cgroups that it made for itself are not made again.
 fn cgroups(tree: &Tree, report: &mut Report) {
-    let of = |pid: u32| procfs::read(pid, "cgroup");
+    let of = |pid: u32| procfs::read(pid, "cgroup").unwrap_or_default();
     let own = of(tree.init);
     for process in &tree.processes {
-        let other = of(process.pid);
-        if !process.zombie && other.is_some() && other != own {
+        if !process.zombie && is_elsewhere(&own, &of(process.pid)) {
             report.add(
                 "nested-cgroup",
                 format!("{process} is in a cgroup that the container made for itself"),
@@ -102,6 +101,14 @@ fn cgroups(tree: &Tree, report: &mut Report) {
             );
         }
     }
+}
+
+/// Whether a process is in other cgroups than the init; from `/proc/PID/cgroup`
+/// (cgroups(7)). One that is about to end is said to be in the root of each hierarchy of
+/// cgroup v1.
+fn is_elsewhere(init: &str, other: &str) -> bool {
+    let ends = |line: &str| !line.starts_with("0::") && line.ends_with(":/");
+    init.lines().zip(other.lines()).any(|(init, other)| init != other && !ends(other))
 }
 
 /// CRIU puts the old root away in /tmp, or in a directory that it makes.
@@ -151,6 +158,17 @@ impl Places {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_ends_is_in_no_cgroup_of_its_own_making() {
+        let init = "2:memory:/migr-1\n0::/migr-1\n";
+        assert!(!is_elsewhere(init, init));
+        assert!(!is_elsewhere(init, "2:memory:/\n0::/migr-1\n"));
+        assert!(!is_elsewhere(init, ""));
+        for elsewhere in ["2:memory:/migr-1/own\n0::/migr-1\n", "2:memory:/migr-1\n0::/\n"] {
+            assert!(is_elsewhere(init, elsewhere), "{elsewhere}");
+        }
+    }
 
     #[test]
     fn files_have_the_paths_of_the_host() {
