@@ -29,6 +29,8 @@ pub struct Daemon {
     log: PathBuf,
     program: Program,
     halt_at: Option<String>,
+    /// Where it waits, and the file as long as which is there.
+    waits: Option<(String, PathBuf)>,
     before: Option<String>,
     criu: Option<PathBuf>,
     /// Its runc, unless it is the one in PATH.
@@ -55,6 +57,7 @@ impl Daemon {
             log: directory.join(format!("{name}.log")),
             program: Program::Migrd,
             halt_at: None,
+            waits: None,
             before: None,
             criu: None,
             runc: None,
@@ -70,6 +73,19 @@ impl Daemon {
     pub fn halt_at(&mut self, point: Option<&str>) {
         self.halt_at = point.map(ToOwned::to_owned);
         self.program = if point.is_some() { Program::MigrdFailpoints } else { Program::Migrd };
+    }
+
+    /// Makes the next start wait wherever it reaches the place, as long as there is a file:
+    /// that file, which is there now.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn wait_at(&mut self, place: &str) -> Result<PathBuf> {
+        let file = self.state_dir.with_extension("waits");
+        File::create(&file)?;
+        self.waits = Some((place.to_owned(), file.clone()));
+        self.program = Program::MigrdFailpoints;
+        Ok(file)
     }
 
     /// Runs `script` in a mount namespace of the daemon's own before it starts;
@@ -163,6 +179,9 @@ impl Daemon {
         if let Some(point) = &self.halt_at {
             command.env("MIGR_HALT_AT", point);
         }
+        if let Some((place, file)) = &self.waits {
+            command.env("MIGR_WAIT_AT", place).env("MIGR_WAIT_WHILE", file);
+        }
         let log = OpenOptions::new().create(true).append(true).open(&self.log)?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         // Ctrl-C on a terminal is for the program that runs the daemons: it
@@ -234,6 +253,7 @@ impl Daemon {
             self.kill()?;
         }
         self.halt_at(None);
+        self.waits = None;
         self.start()
     }
 

@@ -244,9 +244,9 @@ fn modes_that_this_daemon_does_not_have_are_refused() -> Result<()> {
     let pulse = Pulse::small();
     pulse.run(&pair, &pair.a)?;
     let to = pair.b.to();
-    for mode in ["postcopy", "hybrid"] {
+    for (mode, why) in [("postcopy", "before it runs"), ("hybrid", "combine rounds")] {
         let ran = pair.a.migctl(&["migrate", pulse.name, "--to", &to, "--mode", mode])?;
-        ran.expect(3, &["before the hand-over", "--mode precopy"])?;
+        ran.expect(3, &[why, "use --mode"])?;
     }
     expect_alive(&pair.a, pulse.name, 5)?;
     pair.finish(pulse.name)

@@ -1,12 +1,16 @@
 //! Memory of every kind arrives as it was, also where CRIU does not copy it into images
 //! and where it follows a tree that runs already.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
 use anyhow::{Result, ensure};
 use integration::host_pair::HostPair;
 use integration::leaks;
 use integration::process::left::{self, Keeper};
 use integration::process::{
-    PYTHON, exec, hosts, moved, moves, start_moving, type_line, wait_for_line, wait_for_state,
+    PYTHON, can_move, exec, hosts, moved, moves, start_moving, type_line, wait_for_line,
+    wait_for_state,
 };
 use integration::wait;
 use nix::sys::signal::{Signal, kill};
@@ -111,4 +115,57 @@ fn a_tree_whose_memory_can_not_follow_is_ended_and_says_why() -> Result<()> {
     ensure!(moved(&pair.b, &pair.a, NAME, &[])?.status != 0);
     pair.b.migctl(&["rm", NAME])?.ok()?;
     leaks::expect_nothing_left(&pair.b)
+}
+
+/// A CRIU below `directory` that does all but bring memory.
+fn without_lazy_pages(pair: &HostPair) -> Result<std::path::PathBuf> {
+    let host = pair.a.ask(&["hosts"])?;
+    ensure!(host["hosts"][0]["criu"].is_string(), "{host}");
+    let criu = std::env::var("MIGR_CRIU").unwrap_or_else(|_| "criu".into());
+    let path = pair.directory().join("criu");
+    let program = format!(
+        "#!/bin/sh\nfor word; do [ \"$word\" != lazy-pages ] || exit 3; done\nexec {criu} \"$@\"\n"
+    );
+    fs::write(&path, program)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+/// CRIU would wait for ever for memory that nobody brings.
+#[test]
+fn a_tree_is_not_made_without_what_brings_its_memory_and_goes_on_at_the_source() -> Result<()> {
+    let mut pair = HostPair::without_kvm()?;
+    pair.a.start()?;
+    pair.b.criu(&without_lazy_pages(&pair)?);
+    pair.b.start()?;
+    can_move(&pair.b)?;
+    run(&pair, MUCH, 0)?;
+    let refused = moved(&pair.a, &pair.b, NAME, &[])?;
+    refused.expect(4, &["criu lazy-pages", "exit status: 3"])?;
+    type_line(&pair.a, NAME, "question")?;
+    wait_for_line(&pair.a, NAME, "question right")?;
+    leaks::expect_nothing_left(&pair.b)?;
+    pair.finish(NAME)
+}
+
+#[test]
+fn a_tree_that_lost_what_brings_its_memory_before_it_ran_is_given_back() -> Result<()> {
+    let mut pair = HostPair::without_kvm()?;
+    pair.b.halt_at(Some("destination-sealed"));
+    pair.a.start()?;
+    pair.b.start()?;
+    can_move(&pair.a)?;
+    run(&pair, MUCH, 0)?;
+    let moving = start_moving(&pair.a, &pair.b.to(), NAME)?;
+    pair.b.wait_halted()?;
+    let keeper = keeper_at(pair.b.state_dir())?;
+    let pager = wait::until("criu lazy-pages to wait", || Ok(keeper.lazy_pages()))?;
+    tell(pager, Signal::SIGKILL)?;
+    pair.b.go_on()?;
+    moving.wait()?.expect(4, &["could not run it"])?;
+    ensure!(pair.runs_at_a(NAME)?);
+    type_line(&pair.a, NAME, "question")?;
+    wait_for_line(&pair.a, NAME, "question right")?;
+    leaks::expect_nothing_left(&pair.b)?;
+    pair.finish(NAME)
 }

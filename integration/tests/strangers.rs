@@ -9,7 +9,8 @@ use integration::scenario::{Pulse, expect_alive};
 use migr_proto::v1::peer_server::{Peer, PeerServer};
 use migr_proto::v1::{
     AbandonReply, AbandonRequest, ActivateReply, ActivateRequest, IdentifyReply, IdentifyRequest,
-    OfferReply, OfferRequest, ResolveReply, ResolveRequest, SealReply, SealRequest,
+    OfferReply, OfferRequest, PullReply, PullRequest, ResolveReply, ResolveRequest, SealReply,
+    SealRequest,
 };
 use tonic::{Request, Response, Status};
 
@@ -53,6 +54,9 @@ impl Peer for Newer {
         never()
     }
     async fn resolve(&self, _: Request<ResolveRequest>) -> Result<Response<ResolveReply>, Status> {
+        never()
+    }
+    async fn pull(&self, _: Request<PullRequest>) -> Result<Response<PullReply>, Status> {
         never()
     }
 }

@@ -154,6 +154,8 @@ Consequences:
               answer on the same addresses. Make sure the destination is off for good.
   --give-up   If the destination does not run it, NO copy runs and its memory is lost.
               Make sure that the destination runs it.
+While memory still follows from here (mode postcopy) both end it at the destination, which
+can't go on without what it lacks; --run-here goes back to the state at the stop.
 
 Example:
   migctl force web --run-here --yes";
@@ -332,7 +334,8 @@ pub enum Mode {
     Precopy,
     /// Stop it, then copy everything.
     Stop,
-    /// Hand over first and fetch memory when it is needed; a lost host loses the guest.
+    /// Hand over first and fetch memory when it is needed, of process trees and containers.
+    /// Until all has come, the loss of either host loses the workload.
     Postcopy,
     /// One pass of pre-copy, then post-copy.
     Hybrid,

@@ -218,6 +218,14 @@ impl<'a> Tracker<'a> {
                 known.destination = workload.moved_to;
                 Some(known)
             }
+            // The last of its memory is still here.
+            WorkloadState::Migrating if !workload.moved_to.is_empty() => {
+                known.destination = workload.moved_to;
+                let message = workload.reason;
+                let phase = Some("running");
+                known.failure = Some(MigrationFailure { message, host, phase, remedy: None });
+                Some(known)
+            }
             WorkloadState::InDoubt => {
                 known.failure = Some(MigrationFailure {
                     message: workload.reason,

@@ -50,7 +50,7 @@ pub struct Written {
 
 /// Without its disks: they are no part of a snapshot.
 fn carry(process: ProcessOptions, chain: Chain) -> Carry {
-    Carry { disks: false, to_files: true, verify: false, chain, process }
+    Carry { to_files: true, chain, process, ..Carry::default() }
 }
 
 /// How a snapshot is made.

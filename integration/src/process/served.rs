@@ -167,8 +167,17 @@ impl Kind {
     /// # Errors
     /// When it does not come up.
     pub fn serve(self, nets: &TwoNets) -> Result<()> {
+        self.serve_blocks(nets, 128)
+    }
+
+    /// The same, with so many blocks of memory, of 64 KiB each.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn serve_blocks(self, nets: &TwoNets, blocks: u64) -> Result<()> {
         let [option, net] = own_network(ADDRESS);
-        let program = [PYTHON, "-c", SERVER, PORT];
+        let blocks = blocks.to_string();
+        let program = [PYTHON, "-c", SERVER, PORT, &blocks];
         let started = match self {
             Self::Process => {
                 let command = ["exec-process", NAME, &option, &net, "--"];

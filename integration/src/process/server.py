@@ -9,7 +9,7 @@ import threading
 import zlib
 
 BLOCK = 64 << 10
-BLOCKS = 128
+BLOCKS = int(sys.argv[2])
 
 token = os.urandom(8)
 memory = bytearray(os.urandom(BLOCK * BLOCKS))

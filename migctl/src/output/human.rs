@@ -39,6 +39,7 @@ pub fn workload(workload: &Workload) -> String {
 fn note(workload: &Workload) -> String {
     let moved = workload.moved_to.as_ref().map(|peer| match workload.state {
         "in_doubt" => format!("{peer} has not said the last word"),
+        "migrating" => format!("runs at {peer}"),
         _ => format!("now at {peer}"),
     });
     let parts: Vec<_> = [moved, workload.reason.clone()].into_iter().flatten().collect();
@@ -231,8 +232,12 @@ fn rounds(result: &Migration) -> String {
 }
 
 fn pages(result: &Migration) -> String {
+    let after = match result.pages_after_switch {
+        Some(pages @ 1..) => format!(", {pages} after it ran there"),
+        Some(0) | None => String::new(),
+    };
     format!(
-        "{} sent, {} zero, {} skipped",
+        "{} sent, {} zero, {} skipped{after}",
         result.pages_sent.unwrap_or_default(),
         result.pages_zero.unwrap_or_default(),
         result.pages_skipped.unwrap_or_default()

@@ -47,6 +47,7 @@ fn a_completed_migration_prints_the_documented_object() {
             "predicted_downtime_ms": 8.5,
             "rounds": [{"pages": 139264, "bytes": 570425344, "ms": 640.0, "dirty_after": 4096}],
             "pages_sent": 143360, "pages_zero": 12, "pages_skipped": 118772,
+            "pages_after_switch": 0,
             "bytes_on_wire": 587333120, "verified": true, "failure": null, "blockers": [],
         })
     );

@@ -46,5 +46,6 @@ pub(super) fn manifest(id: WorkloadId, name: String, candidate: &Candidate) -> M
         paused: false,
         created_unix_ms: unix_ms(),
         needs: Vec::new(),
+        follows: false,
     }
 }

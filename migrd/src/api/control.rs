@@ -107,6 +107,7 @@ impl ControlService {
             paused: false,
             created_unix_ms: unix_ms(),
             needs: Vec::new(),
+            follows: false,
         };
         let made = async move { engine.create(id, &name, &config).await };
         self.create(manifest, made).await
@@ -174,6 +175,7 @@ impl Control for ControlService {
             paused: false,
             created_unix_ms: unix_ms(),
             needs: Vec::new(),
+            follows: false,
         };
         let vms = self.vms.clone();
         let name = manifest.name.clone();

@@ -141,6 +141,7 @@ pub(super) fn mode(mode: Mode) -> proto::MigrationMode {
     match mode {
         Mode::Precopy => proto::MigrationMode::Precopy,
         Mode::Stop => proto::MigrationMode::Stop,
+        Mode::Postcopy => proto::MigrationMode::Postcopy,
     }
 }
 
@@ -236,6 +237,7 @@ pub(super) fn report(report: &Report, workload_kind: Kind) -> proto::MigrationRe
         failure,
         blockers: report.blockers.iter().map(|b| blocker(b, &report.destination)).collect(),
         mode_reason: report.mode_reason.clone(),
+        pages_after_switch: tally.after_switch,
     }
 }
 

@@ -41,13 +41,14 @@ pub(super) fn migration(
         proto::MigrationMode::Unspecified => None,
         proto::MigrationMode::Precopy => Some(Mode::Precopy),
         proto::MigrationMode::Stop => Some(Mode::Stop),
-        proto::MigrationMode::Postcopy | proto::MigrationMode::Hybrid => {
+        proto::MigrationMode::Postcopy => Some(Mode::Postcopy),
+        proto::MigrationMode::Hybrid => {
             return Err(Refusal {
                 code: Code::Unimplemented,
                 reason: "MODE_UNSUPPORTED",
-                message: "this version moves memory before the hand-over only".into(),
+                message: "this version does not combine rounds with memory that follows".into(),
                 host: here,
-                remedy: "use --mode precopy or --mode stop",
+                remedy: "use --mode precopy, --mode stop or --mode postcopy",
             }
             .status());
         }

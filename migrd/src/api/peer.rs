@@ -11,13 +11,13 @@ use super::convert::ms;
 use super::status::{self, invalid};
 use crate::migration::destination::{Arrivals, MAX_STREAMS};
 use crate::migration::journal::Counterpart;
-use crate::migration::link::{Offer, SealOrder, Standing};
+use crate::migration::link::{Activated, Offer, Pull, Pulled, SealOrder, Standing};
 use crate::registry::Registry;
-use crate::units::{Epoch, MigrationId, WorkloadId};
+use crate::units::{Epoch, HostId, MigrationId, WorkloadId};
 use crate::wire::{PROTOCOL, limits, manifest_from_wire};
 use crate::workload::process::Starts;
 use crate::workload::vm::VmEngine;
-use crate::workload::{StreamHash, StreamKey};
+use crate::workload::{Piece, StreamHash, StreamKey};
 
 /// The longest address of a source that is taken, in bytes.
 const MAX_ADDRESS: usize = 256;
@@ -60,6 +60,20 @@ impl PeerService {
             remedy: "bring back the migrd that was here, with its state directory",
         }
         .status())
+    }
+
+    fn pull_of(&self, request: &proto::PullRequest) -> Result<(Pull, HostId), Status> {
+        let bad = |what: &str| invalid(self.here(), what);
+        self.is_meant(&request.host_id)?;
+        let asker = request.asker_id.parse().map_err(|_| bad("asker_id is not a UUID"))?;
+        let pull = Pull {
+            host: self.registry.host_id(),
+            migration: self.migration(&request.migration_id)?,
+            workload: request.workload_id.parse().map_err(|_| bad("workload_id is not a UUID"))?,
+            epoch: Epoch(request.epoch),
+            piece: Piece::checked(request.process, request.address, request.pages).map_err(bad)?,
+        };
+        Ok((pull, asker))
     }
 
     fn seal_order(&self, request: proto::SealRequest) -> Result<SealOrder, Status> {
@@ -175,8 +189,9 @@ impl Peer for PeerService {
         let migration = self.migration(&request.migration_id)?;
         self.is_meant(&request.host_id)?;
         let activated = self.arrivals.activate(migration, Epoch(request.epoch)).await;
-        let took = activated.map_err(|e| status::arrival(self.here(), &e))?;
-        Ok(Response::new(proto::ActivateReply { resume_ms: ms(took) }))
+        let Activated { took, filling } =
+            activated.map_err(|e| status::arrival(self.here(), &e))?;
+        Ok(Response::new(proto::ActivateReply { resume_ms: ms(took), filling }))
     }
 
     async fn abandon(
@@ -217,7 +232,28 @@ impl Peer for PeerService {
             Standing::Sealed => proto::Standing::Sealed,
             Standing::Owned => proto::Standing::Owned,
             Standing::Discarded => proto::Standing::Discarded,
+            Standing::Filling => proto::Standing::Filling,
         };
         Ok(Response::new(proto::ResolveReply { standing: standing.into() }))
+    }
+
+    async fn pull(
+        &self,
+        request: Request<proto::PullRequest>,
+    ) -> Result<Response<proto::PullReply>, Status> {
+        let (pull, asker) = self.pull_of(&request.into_inner())?;
+        let pulled = self.registry.pulled(&pull, asker).await;
+        let pulled = pulled.map_err(|e| status::journal(self.here(), &e))?;
+        let reply = match pulled {
+            Pulled::Lost(why) => proto::pull_reply::Reply::Lost(why),
+            Pulled::Later(why) => proto::pull_reply::Reply::Later(why),
+            Pulled::Bytes(bytes) => {
+                let zero = bytes.iter().all(|byte| *byte == 0);
+                let data = if zero { Vec::new() } else { bytes };
+                let pages = proto::PulledPages { crc32: crc32fast::hash(&data), data: data.into() };
+                proto::pull_reply::Reply::Pages(pages)
+            }
+        };
+        Ok(Response::new(proto::PullReply { reply: Some(reply) }))
     }
 }

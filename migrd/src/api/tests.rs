@@ -5,21 +5,22 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use migr_proto::v1 as proto;
 use migr_proto::v1::control_server::Control;
+use migr_proto::v1::peer_server::Peer;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt;
 
-use super::ControlService;
+use super::{ControlService, PeerService};
 use crate::migration::destination::{Arrivals, Patience};
 use crate::migration::journal::Journal;
 use crate::registry::{Registry, Setup};
-use crate::units::WorkloadId;
+use crate::units::{HostId, MigrationId, PAGE_SIZE, WorkloadId};
 use crate::wire::Peers;
 use crate::wire::receive::LaneDirectory;
 use crate::workload::fake::{Census, FakeWorkload, Guest};
 use crate::workload::process::{Candidate, Starts};
 use crate::workload::vm::{Site, VmEngine};
-use crate::workload::{Problem, Workload, WorkloadError};
+use crate::workload::{LeftMemory, Piece, Problem, Workload, WorkloadError};
 
 /// Starts guests instead of commands.
 struct Guests {
@@ -66,6 +67,8 @@ impl Starts for Guests {
 
 struct Daemon {
     control: ControlService,
+    peer: PeerService,
+    registry: Registry,
     guest: Arc<Guest>,
     directory: tempfile::TempDir,
 }
@@ -92,8 +95,10 @@ fn daemon(starts: impl FnOnce(Arc<Guest>) -> Option<Arc<dyn Starts>>) -> Daemon 
     let vms = VmEngine::new(directory.path().join("vms"), site).unwrap();
     let guest = Guest::empty(&Arc::new(Census::default()), 4);
     let starts = starts(guest.clone());
-    let control = ControlService::new(registry, arrivals, vms, starts, peers);
-    Daemon { control, guest, directory }
+    let processes: Arc<dyn Starts> = Arc::new(Guests { guest: guest.clone(), problem: None });
+    let peer = PeerService::new(registry.clone(), arrivals.clone(), processes);
+    let control = ControlService::new(registry.clone(), arrivals, vms, starts, peers);
+    Daemon { control, peer, registry, guest, directory }
 }
 
 fn with_criu() -> Daemon {
@@ -227,4 +232,60 @@ async fn what_is_in_the_way_of_a_workload_is_told_by_every_dry_run_and_stops_a_m
     assert_eq!(result.kind(), proto::WorkloadKind::Process);
     assert_eq!(result.blockers, [found]);
     assert!(daemon.guest.runs());
+}
+
+/// Memory in which every page from the eighth on is full of its number.
+struct Numbered;
+
+impl LeftMemory for Numbered {
+    fn bytes(&self) -> u64 {
+        0
+    }
+
+    fn read(&self, piece: Piece) -> Result<Vec<u8>, WorkloadError> {
+        let first = piece.address / PAGE_SIZE;
+        let pages = first..first + u64::from(piece.pages);
+        let full = |page: u64| if page < 8 { 0 } else { u8::try_from(page % 256).unwrap() };
+        Ok(pages.flat_map(|page| [full(page); 4096]).collect())
+    }
+}
+
+#[tokio::test]
+async fn memory_that_was_left_behind_is_given_to_its_host_whole_or_not_at_all() {
+    let daemon = with_criu();
+    let (migration, asker) = (MigrationId::random(), HostId::random());
+    let serves = daemon.registry.serving().serve(migration, asker, Arc::new(Numbered));
+    let good = proto::PullRequest {
+        migration_id: migration.to_string(),
+        workload_id: WorkloadId::random().to_string(),
+        epoch: 2,
+        host_id: daemon.registry.host_id().to_string(),
+        asker_id: asker.to_string(),
+        process: 1,
+        address: 8 * PAGE_SIZE,
+        pages: 2,
+    };
+    let pull = async |request: proto::PullRequest| {
+        let answer = daemon.peer.pull(Request::new(request)).await;
+        answer.map(|reply| reply.into_inner().reply.expect("an answer"))
+    };
+    let whole = pull(good.clone()).await.unwrap();
+    let proto::pull_reply::Reply::Pages(pages) = whole else { panic!("{whole:?}") };
+    assert_eq!(pages.data, [[8; 4096], [9; 4096]].concat());
+    assert_eq!(pages.crc32, crc32fast::hash(&pages.data));
+    let zeros = pull(proto::PullRequest { address: 0, ..good.clone() }).await.unwrap();
+    let proto::pull_reply::Reply::Pages(pages) = zeros else { panic!("{zeros:?}") };
+    assert!(pages.data.is_empty(), "zeros are not sent");
+    for (pages, address) in [(0, 0), (257, 0), (1, 1), (1, u64::MAX - 4095)] {
+        let refused = pull(proto::PullRequest { pages, address, ..good.clone() }).await;
+        assert_eq!(refused.unwrap_err().code(), Code::InvalidArgument, "{pages} at {address}");
+    }
+    let other = proto::PullRequest { host_id: HostId::random().to_string(), ..good.clone() };
+    assert_eq!(pull(other).await.unwrap_err().code(), Code::FailedPrecondition);
+    let stranger = proto::PullRequest { asker_id: HostId::random().to_string(), ..good.clone() };
+    let answer = pull(stranger).await.unwrap();
+    assert!(matches!(answer, proto::pull_reply::Reply::Later(_)), "{answer:?}");
+    drop(serves);
+    let answer = pull(good).await.unwrap();
+    assert!(matches!(answer, proto::pull_reply::Reply::Later(_)), "{answer:?}");
 }

@@ -209,6 +209,7 @@ fn manifest(on_disk: OnDisk, name: Option<String>) -> Manifest {
         paused: false,
         created_unix_ms: crate::units::unix_ms(),
         needs: Vec::new(),
+        follows: false,
     }
 }
 

@@ -28,6 +28,7 @@ use super::criu::rpc::{
 };
 use super::criu::session::inherited;
 use super::criu::{CriuError, Event, Failure, Launch, Log, Session};
+use super::following::Following;
 use super::lazy_pages::LazyPages;
 use super::{mounts, timers};
 use crate::sys::tmpfs;
@@ -388,14 +389,25 @@ pub struct Place {
     pub limit: Option<Duration>,
     /// What memory can follow it does: see [`super::lazy_pages`].
     pub lazy: bool,
+    /// Memory that is still at its source.
+    pub following: Option<Arc<Following>>,
 }
 
 impl Place {
     /// Starts what brings memory that follows, if it is to. Without it everything is
-    /// put in place before.
-    pub(super) fn lazy_pages(&self, work: &Work) -> Option<LazyPages> {
-        let started = self.lazy.then(|| LazyPages::start(work))?;
-        started.inspect_err(|e| eprintln!("`criu lazy-pages` can't be started: {e}")).ok()
+    /// put in place before, if everything is here.
+    ///
+    /// # Errors
+    /// When it can't be started, and some is not here.
+    pub(super) fn lazy_pages(&self, work: &Work) -> Result<Option<LazyPages>, Failure> {
+        if !self.lazy {
+            return Ok(None);
+        }
+        let started = LazyPages::start(work, self.following.as_ref());
+        match started.inspect_err(|e| eprintln!("`criu lazy-pages` can't be started: {e}")) {
+            Err(error) if self.following.is_some() => Err(system_failure(&error)),
+            started => Ok(started.ok()),
+        }
     }
 }
 
@@ -412,7 +424,10 @@ pub fn restore(work: Work, place: Place, tell: impl Fn(News) + Send + 'static) -
 }
 
 fn restore_held(work: &Work, place: &Place, heard: &Receiver<bool>, tell: &impl Fn(News)) {
-    let lazy_pages = place.lazy_pages(work);
+    let lazy_pages = match place.lazy_pages(work) {
+        Ok(lazy_pages) => lazy_pages,
+        Err(failure) => return tell(News::RestoreFailed(failure)),
+    };
     conclude(work, lazy_pages, tell, |lazy, told| {
         restore_to_the_word(work, place, lazy, |init| {
             told(init);
@@ -487,6 +502,9 @@ fn restore_to_the_word(
     let mut session = Session::start(launch).map_err(|e| system_failure(&e))?;
     session.request(&Request::restore(options)).map_err(|e| system_failure(&e))?;
     let criu = session.pid();
+    if let Some(lazy_pages) = &mut lazy_pages {
+        session.handle().and_then(|maker| lazy_pages.made_by(maker)).map_err(system)?;
+    }
     let (mut wanted, mut stuck) = (false, None);
     let deadline = Cell::new(place.limit.map(|limit| Instant::now() + limit));
     let hear = |session: &mut Session| match deadline.get() {
@@ -500,13 +518,17 @@ fn restore_to_the_word(
                 eprintln!("timers of its processes may stand still: {error}");
             }
             // CRIU is in the cgroup, too, and has to go on when that is frozen.
-            let ready = lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.check());
+            let ready = lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.complete());
             match ready.and_then(|()| cgroup::take_in(criu)) {
                 Ok(()) => wanted = word(init),
                 Err(error) => stuck = Some(error),
             }
+            // It may have been held for long.
+            if wanted && let Some(Err(error)) = lazy_pages.as_mut().map(|lazy| lazy.check()) {
+                stuck = Some(error);
+            }
             deadline.set(Some(Instant::now() + RELEASE_LIMIT));
-            wanted
+            wanted && stuck.is_none()
         }
         // Should CRIU fail from here on, nothing has run yet: whoever hears of the
         // failure may run another copy.
@@ -520,6 +542,15 @@ fn restore_to_the_word(
     }
     if let Some(error) = stuck {
         return Err(system(error));
+    }
+    if let Some(lazy_pages) = lazy_pages {
+        if let Some(error) = lazy_pages.why_ended() {
+            return Err(system(error));
+        }
+        // Until here nothing has run, and whoever hears of a failure may run another copy.
+        if done.is_ok() {
+            lazy_pages.check().map_err(system)?;
+        }
     }
     match done {
         Ok(()) if !place.paused.load(Ordering::SeqCst) => {

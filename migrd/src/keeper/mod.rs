@@ -22,6 +22,7 @@ pub mod container;
 pub mod control;
 pub mod criu;
 pub mod entry;
+pub mod following;
 pub mod hold;
 pub mod init;
 pub mod lazy_pages;

@@ -23,3 +23,19 @@ pub(crate) fn reach(place: std::fmt::Arguments<'_>) {
 /// Nothing: there are no failpoints in this build.
 #[cfg(not(feature = "failpoints"))]
 pub(crate) fn reach(_: std::fmt::Arguments<'_>) {}
+
+/// Waits here, if this place is the one that `MIGR_WAIT_AT` names, as long as there is a
+/// file `MIGR_WAIT_WHILE`. The rest of the daemon goes on.
+#[cfg(feature = "failpoints")]
+pub(crate) async fn wait_at(place: &str) {
+    if std::env::var("MIGR_WAIT_AT").is_ok_and(|named| named == place) {
+        let file = std::env::var_os("MIGR_WAIT_WHILE").unwrap_or_default();
+        while std::path::Path::new(&file).exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// Nothing: there are no failpoints in this build.
+#[cfg(not(feature = "failpoints"))]
+pub(crate) async fn wait_at(_: &str) {}

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 
 use crate::units::{Epoch, HostId, MigrationId, PageRun, WorkloadId};
 use crate::workload::{
-    ChunkSource, Manifest, OutOfStream, Problem, StreamHash, StreamKey, StreamSpec,
+    ChunkSource, Manifest, OutOfStream, Piece, Problem, StreamHash, StreamKey, StreamSpec,
 };
 
 /// A call to the peer failed.
@@ -163,6 +163,43 @@ pub enum Standing {
     Owned,
     /// At a destination: never to be run.
     Discarded,
+    /// At a destination: owned, and memory of it still is at the source.
+    Filling,
+}
+
+/// The peer runs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Activated {
+    /// What that took the peer.
+    pub took: Duration,
+    /// Memory of it still is at the source.
+    pub filling: bool,
+}
+
+/// Memory that is asked of the source of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pull {
+    /// The source.
+    pub host: HostId,
+    /// The migration.
+    pub migration: MigrationId,
+    /// What was moved.
+    pub workload: WorkloadId,
+    /// The epoch it is owned in at the destination.
+    pub epoch: Epoch,
+    /// Which memory.
+    pub piece: Piece,
+}
+
+/// What a source answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pulled {
+    /// The memory.
+    Bytes(Vec<u8>),
+    /// It can't be had any more: why.
+    Lost(String),
+    /// Not now: why.
+    Later(String),
 }
 
 /// The peer daemon, as one side of a migration sees it.
@@ -189,14 +226,13 @@ pub trait Peer: Send + Sync {
     /// Everything was sent.
     async fn seal(&self, order: &SealOrder) -> Result<SealReport, LinkError>;
 
-    /// It is yours: run it. May be repeated. Gives the time the peer took.
-    /// Refused by any daemon but `host`.
+    /// It is yours: run it. May be repeated. Refused by any daemon but `host`.
     async fn activate(
         &self,
         host: HostId,
         migration: MigrationId,
         epoch: Epoch,
-    ) -> Result<Duration, LinkError>;
+    ) -> Result<Activated, LinkError>;
 
     /// It will not be yours.
     async fn abandon(&self, migration: MigrationId, reason: &str) -> Result<(), LinkError>;
@@ -211,6 +247,9 @@ pub trait Peer: Send + Sync {
         epoch: Epoch,
         from_source: bool,
     ) -> Result<Standing, LinkError>;
+
+    /// Memory that stays with you.
+    async fn pull(&self, pull: &Pull) -> Result<Pulled, LinkError>;
 }
 
 /// The receiving end of one migration's lanes.

@@ -47,6 +47,8 @@ pub enum Mode {
     Precopy,
     /// All of it while the workload stands still.
     Stop,
+    /// What can be left behind at the stop follows when it runs at the destination.
+    Postcopy,
 }
 
 /// Why a migration ended without moving the workload.
@@ -221,6 +223,8 @@ pub struct Tally {
     pub lanes: LaneTotals,
     /// Of that, pages of files that went ahead.
     pub file_pages: u64,
+    /// Pages that the destination took when it ran there.
+    pub after_switch: u64,
     /// Pages never touched, so never read nor sent.
     pub skipped: u64,
     /// The last prediction before the stop.
@@ -247,6 +251,7 @@ impl Tally {
             rounds: Vec::new(),
             lanes: LaneTotals::default(),
             file_pages: 0,
+            after_switch: 0,
             skipped: 0,
             predicted: Duration::ZERO,
             downtime: Breakdown::default(),

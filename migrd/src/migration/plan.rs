@@ -163,7 +163,7 @@ fn predict_times(question: &Question, plan: &mut Plan) {
     let still = (question.populated_bytes.saturating_sub(question.files_bytes)) / PAGE_SIZE;
     plan.downtime = Some(match question.mode.mode {
         Mode::Stop => predict(still, question.known_rate, question.fixed_cost),
-        Mode::Precopy => question.fixed_cost,
+        Mode::Precopy | Mode::Postcopy => question.fixed_cost,
     });
     tracing::debug!(bytes = approximate(question.populated_bytes), ?all, "predicted");
 }

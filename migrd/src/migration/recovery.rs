@@ -13,6 +13,8 @@ pub enum Duty {
     Run {
         /// It stays paused.
         paused: bool,
+        /// Who still has memory of it.
+        filling: Option<Counterpart>,
     },
     /// It was given away: it must stand still; ask the peer.
     Settle(Counterpart),
@@ -29,7 +31,7 @@ pub fn duty(record: &WorkloadRecord) -> Duty {
         return Duty::Await(sealed.clone());
     }
     match &record.ownership {
-        Ownership::Owned => Duty::Run { paused: record.paused },
+        Ownership::Owned => Duty::Run { paused: record.paused, filling: record.filling.clone() },
         Ownership::Released(to) => Duty::Settle(to.clone()),
         Ownership::Never | Ownership::Gone(_) | Ownership::Removed(_) => Duty::Nothing,
     }
@@ -88,6 +90,10 @@ pub fn standing_at_destination(
             false
         }
     };
+    let from = record.filling.as_ref();
+    if record.owned() && from.is_some_and(|from| from.migration == migration) {
+        return Some(Standing::Filling);
+    }
     match (back, record.epoch >= epoch) {
         (true, _) => Some(Standing::Discarded),
         (false, true) => Some(Standing::Owned),
@@ -159,7 +165,7 @@ mod tests {
     #[test]
     fn what_was_handed_back_is_not_taken_for_owned_when_the_promise_is_forgotten() {
         let id = MigrationId::random();
-        let sealed = Sealed { from: to(id), epoch: Epoch(2), paused: false };
+        let sealed = Sealed { from: to(id), epoch: Epoch(2), paused: false, follows: false };
         let owned = [Event::Sealed(sealed), Event::Activated(id)];
         let standing =
             |record: &WorkloadRecord| standing_at_destination(Some(record), id, Epoch(2), false);
@@ -169,5 +175,23 @@ mod tests {
         assert_eq!(standing(&back), Some(Standing::Discarded));
         assert_eq!(standing_at_destination(None, id, Epoch(2), false), None);
         assert_eq!(standing_at_destination(None, id, Epoch(2), true), Some(Standing::Discarded));
+    }
+
+    #[test]
+    fn a_source_hears_that_it_is_needed_until_the_last_of_its_memory_has_come() {
+        let id = MigrationId::random();
+        let sealed = Sealed { from: to(id), epoch: Epoch(2), paused: false, follows: true };
+        let owned = after(&[Event::Sealed(sealed), Event::Activated(id)]);
+        let standing =
+            |record: &WorkloadRecord| standing_at_destination(Some(record), id, Epoch(2), false);
+        assert_eq!(standing(&owned), Some(Standing::Filling));
+        assert_eq!(duty(&owned), Duty::Run { paused: false, filling: Some(to(id)) });
+        let over = [Event::Filled(id), Event::Removed(Epoch(2))];
+        for event in over {
+            assert_eq!(standing(&owned.after(&event).expect("allowed")), Some(Standing::Owned));
+        }
+        let other = MigrationId::random();
+        let older = standing_at_destination(Some(&owned), other, Epoch(2), false);
+        assert_eq!(older, Some(Standing::Owned), "another migration's source is not needed");
     }
 }

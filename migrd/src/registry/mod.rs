@@ -19,10 +19,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::host_memory::HostMemory;
 use crate::migration::journal::{Event, Identity, Journal, JournalError, WorkloadRecord};
-use crate::migration::link::{Peer, Standing};
+use crate::migration::link::{Peer, Pull, Pulled, Standing};
 use crate::migration::recovery::standing_at_source;
 use crate::migration::source::FixedCost;
 use crate::migration::source::released::Released;
+use crate::migration::source::serving::{Serving, not_served};
 use crate::units::{Epoch, HostId, MigrationId, WorkloadId};
 use crate::workload::{Engine, Kind, Workload};
 use claims::Table;
@@ -54,6 +55,7 @@ struct Shared {
     vm_cost: FixedCost,
     tree_cost: FixedCost,
     rates: Mutex<BTreeMap<String, f64>>,
+    serving: Serving,
     lanes: u32,
     shutdown: CancellationToken,
     tasks: TaskTracker,
@@ -122,6 +124,7 @@ impl Registry {
                 vm_cost: FixedCost::default(),
                 tree_cost: FixedCost::about(TREE_COST),
                 rates: Mutex::default(),
+                serving: Serving::default(),
                 lanes,
                 shutdown,
                 tasks: TaskTracker::new(),
@@ -226,6 +229,24 @@ impl Registry {
         let under_way = self.shared.table().under_way.contains(&migration);
         let record = self.shared.journal.get(workload)?;
         Ok(standing_at_source(record.as_ref(), migration, epoch, under_way))
+    }
+
+    /// Where memory is served that workloads have left behind here.
+    #[must_use]
+    pub fn serving(&self) -> &Serving {
+        &self.shared.serving
+    }
+
+    /// Memory of a workload that was given away by `migration`, for the host `asker`.
+    ///
+    /// # Errors
+    /// When the journal can't be read.
+    pub async fn pulled(&self, pull: &Pull, asker: HostId) -> Result<Pulled, JournalError> {
+        let Pull { migration, workload, epoch, piece, host: _ } = *pull;
+        if let Some(pulled) = self.shared.serving.read(migration, asker, piece).await {
+            return Ok(pulled);
+        }
+        Ok(not_served(self.standing(migration, workload, epoch)?))
     }
 
     /// Memory of this host: total, free for new workloads, and promised but not

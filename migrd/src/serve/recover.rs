@@ -44,7 +44,7 @@ pub(super) async fn recover(
         let standing = record.standing();
         tracing::info!(workload = name, standing, epoch = %record.epoch, "found in the journal");
         match duty(&record) {
-            Duty::Run { paused } => recovery.run(record, paused).await,
+            Duty::Run { paused, filling: _ } => recovery.run(record, paused).await,
             Duty::Settle(_) => recovery.settle(record).await,
             Duty::Await(_) => recovery.wait(record).await?,
             Duty::Nothing if matches!(record.ownership, Ownership::Gone(_)) => {
@@ -70,7 +70,10 @@ impl Recovery<'_> {
             return;
         };
         match engine.find(identity.id, &identity.name, &identity.config, paused).await {
-            Ok(workload) => self.registry.take_in(record, Some(workload)),
+            Ok(workload) => {
+                self.arrivals.fill(&record, workload.lacks());
+                self.registry.take_in(record, Some(workload));
+            }
             Err(error) => {
                 tracing::error!(workload = identity.name, %error, "it could not be taken back");
                 self.registry.take_in(record, None);
@@ -91,6 +94,7 @@ impl Recovery<'_> {
             self.peers.find(&to.address),
             self.journal.clone(),
             workload,
+            self.registry.serving(),
         );
         self.registry.settle(record, released);
     }

@@ -26,6 +26,7 @@ pub fn manifest_to_wire(manifest: &Manifest) -> proto::Manifest {
         paused,
         created_unix_ms,
         needs,
+        follows,
     } = manifest;
     let spec = |spec: &StreamSpec| proto::StreamSpec {
         key: spec.key.0,
@@ -48,6 +49,7 @@ pub fn manifest_to_wire(manifest: &Manifest) -> proto::Manifest {
         paused: *paused,
         created_unix_ms: *created_unix_ms,
         needs: needs.clone().into(),
+        memory_follows: *follows,
     }
 }
 
@@ -67,6 +69,7 @@ pub fn manifest_from_wire(manifest: proto::Manifest) -> Result<Manifest, String>
         paused,
         created_unix_ms,
         needs,
+        memory_follows,
     } = manifest;
     let workload: WorkloadId =
         workload_id.parse().map_err(|e: crate::units::NotAUuid| e.to_string())?;
@@ -93,6 +96,7 @@ pub fn manifest_from_wire(manifest: proto::Manifest) -> Result<Manifest, String>
         paused,
         created_unix_ms,
         needs: needs.to_vec(),
+        follows: memory_follows,
     })
 }
 
@@ -119,6 +123,7 @@ mod tests {
                 paused: true,
                 created_unix_ms: -1,
                 needs: vec![4, 5],
+                follows: kind == Kind::Process,
             };
             assert_eq!(manifest_from_wire(manifest_to_wire(&manifest)), Ok(manifest));
         }

@@ -15,13 +15,14 @@ use super::kept::Kept;
 use super::send::SendLanes;
 use super::{PROTOCOL, client_settings, deepest, manifest_to_wire};
 use crate::migration::link::{
-    Blocker, LinkError, Offer, PageLanes, Peer, PeerFacts, SealOrder, SealReport, Standing,
+    Activated, Blocker, LinkError, Offer, PageLanes, Peer, PeerFacts, Pull, Pulled, SealOrder,
+    SealReport, Standing,
 };
 use crate::units::{Epoch, HostId, MigrationId, WorkloadId};
 use crate::workload::{ChunkSource, StreamSpec};
 
-/// The largest message a peer may answer with, in bytes.
-const MAX_ANSWER: usize = 1 << 20;
+/// The largest message a peer may answer with, in bytes: the longest piece of memory.
+const MAX_ANSWER: usize = 2 << 20;
 
 /// The daemons this one talks to. Cheap to clone.
 #[derive(Clone)]
@@ -238,15 +239,15 @@ impl Peer for Remote {
         host: HostId,
         migration: MigrationId,
         epoch: Epoch,
-    ) -> Result<Duration, LinkError> {
+    ) -> Result<Activated, LinkError> {
         let request = proto::ActivateRequest {
             migration_id: migration.to_string(),
             epoch: epoch.0,
             host_id: host.to_string(),
         };
         let reply = self.kept.call(async |channel| client(channel).activate(request).await).await;
-        let reply = reply.map_err(|e| link_error(&self.address, &e))?;
-        Ok(claimed(reply.into_inner().resume_ms))
+        let reply = reply.map_err(|e| link_error(&self.address, &e))?.into_inner();
+        Ok(Activated { took: claimed(reply.resume_ms), filling: reply.filling })
     }
 
     async fn abandon(&self, migration: MigrationId, reason: &str) -> Result<(), LinkError> {
@@ -281,6 +282,39 @@ impl Peer for Remote {
             proto::Standing::Sealed => Ok(Standing::Sealed),
             proto::Standing::Owned => Ok(Standing::Owned),
             proto::Standing::Discarded => Ok(Standing::Discarded),
+            proto::Standing::Filling => Ok(Standing::Filling),
+        }
+    }
+
+    async fn pull(&self, pull: &Pull) -> Result<Pulled, LinkError> {
+        let Pull { host, migration, workload, epoch, piece } = *pull;
+        let request = proto::PullRequest {
+            migration_id: migration.to_string(),
+            workload_id: workload.to_string(),
+            epoch: epoch.0,
+            host_id: host.to_string(),
+            asker_id: self.host.to_string(),
+            process: piece.process,
+            address: piece.address,
+            pages: piece.pages,
+        };
+        let reply = self.kept.call(async |channel| client(channel).pull(request).await).await;
+        let reply = reply.map_err(|e| link_error(&self.address, &e))?.into_inner();
+        let broken = |message: &str| {
+            let peer = self.address.clone();
+            LinkError::Misbehaved { peer, message: message.to_owned() }
+        };
+        match reply.reply.ok_or_else(|| broken("an answer to Pull says nothing"))? {
+            proto::pull_reply::Reply::Lost(why) => Ok(Pulled::Lost(why)),
+            proto::pull_reply::Reply::Later(why) => Ok(Pulled::Later(why)),
+            proto::pull_reply::Reply::Pages(proto::PulledPages { crc32, data }) => {
+                if crc32fast::hash(&data) != crc32 {
+                    return Err(broken("memory was damaged on its way: its CRC-32 differs"));
+                }
+                let length = usize::try_from(piece.len_bytes()).unwrap_or(0);
+                let bytes = if data.is_empty() { vec![0; length] } else { data.to_vec() };
+                Ok(Pulled::Bytes(bytes))
+            }
         }
     }
 }
@@ -325,7 +359,7 @@ impl Peer for Nowhere {
         self.lost()
     }
 
-    async fn activate(&self, _: HostId, _: MigrationId, _: Epoch) -> Result<Duration, LinkError> {
+    async fn activate(&self, _: HostId, _: MigrationId, _: Epoch) -> Result<Activated, LinkError> {
         self.lost()
     }
 
@@ -341,6 +375,10 @@ impl Peer for Nowhere {
         _: Epoch,
         _: bool,
     ) -> Result<Standing, LinkError> {
+        self.lost()
+    }
+
+    async fn pull(&self, _: &Pull) -> Result<Pulled, LinkError> {
         self.lost()
     }
 }

@@ -4,7 +4,7 @@
 //! and [`FakeArriving`] are a daemon's hands on it. Every guest of a test
 //! shares a [`Census`], which fails the test the moment two of one workload run.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,8 +13,9 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::{
-    Ahead, Arriving, Carry, ChunkSink, ChunkSource, Footprint, Needing, Needs, OutOfStream, Output,
-    Problem, RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
+    Ahead, Arriving, Carry, ChunkSink, ChunkSource, Follows, Footprint, Lacks, LeftMemory, Needing,
+    Needs, OutOfStream, Output, Piece, Problem, RunState, StreamHash, StreamKey, StreamSpec,
+    Terminal, Workload, WorkloadError,
 };
 use crate::pages::{PageBitmap, PageSet};
 use crate::units::{PAGE_BYTES, PAGE_SIZE, PageIndex, PageRun};
@@ -109,6 +110,8 @@ struct Inner {
     copy: Option<VecDeque<PageSet>>,
     /// How many copies it has room for.
     room: Option<u32>,
+    /// The pages that follow and have not come; `None`: it is not known yet which do.
+    lacking: Option<BTreeSet<u64>>,
 }
 
 impl Guest {
@@ -290,6 +293,11 @@ impl Guest {
         }
     }
 
+    /// How many pages have not come.
+    pub fn lacking(&self) -> usize {
+        self.lock().lacking.as_ref().map_or(0, BTreeSet::len)
+    }
+
     fn scribble(&self) {
         if self.runs() {
             let turn = self.written.fetch_add(1, Ordering::Relaxed);
@@ -442,6 +450,20 @@ impl Workload for FakeWorkload {
         }
     }
 
+    fn follows(&self) -> Follows {
+        Follows::Can
+    }
+
+    fn left_behind(&self) -> Option<Arc<dyn LeftMemory>> {
+        let inner = self.0.lock();
+        let left = inner.carried.follows && inner.frozen;
+        left.then(|| Arc::new(FakeLeft(self.0.clone())) as Arc<dyn LeftMemory>)
+    }
+
+    fn lacks(&self) -> Option<Arc<dyn Lacks>> {
+        Some(Arc::new(FakeLacks::of(&self.0)))
+    }
+
     async fn files_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
         Ok(None)
     }
@@ -517,6 +539,9 @@ impl Workload for FakeWorkload {
         if self.0.hangs() {
             return std::future::pending().await;
         }
+        if self.0.lock().carried.follows {
+            return Ok(None);
+        }
         if self.0.lock().rest.is_none() {
             let dirty = self.dirty().await?;
             let parts = self.0.lock().parts.max(1);
@@ -536,7 +561,14 @@ impl Workload for FakeWorkload {
 
     async fn save(&mut self) -> Result<Vec<u8>, WorkloadError> {
         self.0.check(Op::Save)?;
-        Ok(self.0.written.load(Ordering::Relaxed).to_le_bytes().to_vec())
+        let mut state = self.0.written.load(Ordering::Relaxed).to_le_bytes().to_vec();
+        if self.0.lock().carried.follows {
+            // The pages that follow.
+            let pages = self.0.populated();
+            let pages = (0..pages.pages()).filter(|page| pages.contains(PageIndex(*page)));
+            state.extend(pages.flat_map(u64::to_le_bytes));
+        }
+        Ok(state)
     }
 
     async fn let_go(&mut self) -> Result<(), WorkloadError> {
@@ -606,15 +638,23 @@ impl Arriving for FakeArriving {
         self.0.clone()
     }
 
+    fn lacks(&self) -> Option<Arc<dyn Lacks>> {
+        Some(Arc::new(FakeLacks::of(&self.0)))
+    }
+
     async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {
         self.0.check(Op::Load)?;
         let never = self.0.lock().never_loads;
         if never {
             return std::future::pending().await;
         }
-        let turn = <[u8; 8]>::try_from(state)
-            .map_err(|e| WorkloadError::caused("the state is not of 8 bytes", e))?;
-        self.0.written.store(u64::from_le_bytes(turn), Ordering::Relaxed);
+        let (words, odd) = state.as_chunks::<8>();
+        let (Some((turn, pages)), []) = (words.split_first(), odd) else {
+            return Err(WorkloadError::new("the state is not of whole words"));
+        };
+        self.0.written.store(u64::from_le_bytes(*turn), Ordering::Relaxed);
+        let pages = pages.iter().map(|page| u64::from_le_bytes(*page));
+        self.0.lock().lacking = Some(pages.collect());
         Ok(())
     }
 
@@ -636,5 +676,77 @@ impl Arriving for FakeArriving {
 
     async fn discard(self: Box<Self>) {
         self.0.end("discarded");
+    }
+}
+
+/// Memory of a guest that has left.
+struct FakeLeft(Arc<Guest>);
+
+impl LeftMemory for FakeLeft {
+    fn bytes(&self) -> u64 {
+        self.0.populated().count() * PAGE_SIZE
+    }
+
+    fn read(&self, piece: Piece) -> Result<Vec<u8>, WorkloadError> {
+        if self.0.lock().dead {
+            return Err(WorkloadError::new("the fake that left is dead"));
+        }
+        let mut bytes = vec![0; usize::try_from(piece.len_bytes()).expect("small")];
+        let read = ChunkSource::read(self.0.as_ref(), STREAM, piece.address, &mut bytes);
+        read.map_err(|e| WorkloadError::caused("there is no such memory", e))?;
+        Ok(bytes)
+    }
+}
+
+/// What a guest lacks, as one daemon has asked for it.
+struct FakeLacks {
+    guest: Arc<Guest>,
+    asked: Mutex<BTreeSet<u64>>,
+}
+
+impl FakeLacks {
+    fn of(guest: &Arc<Guest>) -> Self {
+        Self { guest: guest.clone(), asked: Mutex::default() }
+    }
+
+    /// What there is to say now, if anything.
+    fn now(&self) -> Option<Result<Option<Piece>, WorkloadError>> {
+        let inner = self.guest.lock();
+        if inner.dead {
+            return Some(Err(WorkloadError::new("the fake is dead")));
+        }
+        let lacking = inner.lacking.as_ref()?;
+        if lacking.is_empty() {
+            return Some(Ok(None));
+        }
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let page = *lacking.iter().find(|page| !asked.contains(page))?;
+        asked.insert(page);
+        Some(Ok(Some(Piece { process: 1, address: page * PAGE_SIZE, pages: 1 })))
+    }
+}
+
+#[async_trait]
+impl Lacks for FakeLacks {
+    async fn next(&self, _: bool) -> Result<Option<Piece>, WorkloadError> {
+        loop {
+            if let Some(said) = self.now() {
+                return said;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    }
+
+    async fn put(&self, piece: Piece, bytes: Vec<u8>) -> Result<(), WorkloadError> {
+        let written = ChunkSink::write(self.guest.as_ref(), STREAM, piece.address, &bytes);
+        written.map_err(|e| WorkloadError::caused("there is no such memory", e))?;
+        let mut inner = self.guest.lock();
+        inner.lacking.as_mut().map(|lacking| lacking.remove(&(piece.address / PAGE_SIZE)));
+        Ok(())
+    }
+
+    async fn lost(&self, why: &str) -> Result<(), WorkloadError> {
+        self.guest.end(why);
+        Ok(())
     }
 }

@@ -5,6 +5,7 @@
 //! May not touch tonic or the phases of a migration.
 
 mod ended;
+pub mod following;
 pub mod link;
 pub mod logged;
 pub mod outliving;
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 use crate::pages::PageSet;
 use crate::units::{SnapshotId, WorkloadId};
 pub use ended::NoStreams;
+pub use following::{Follows, Lacks, LeftMemory, Piece};
 
 /// Number of one stream of a workload: a memory region, a log, a disk, an
 /// image file. Chosen by the workload, carried on the wire.
@@ -160,6 +162,8 @@ pub struct Carry {
     pub verify: bool,
     /// What these files build on.
     pub chain: Chain,
+    /// Memory that can stay behind at the stop does, and follows.
+    pub follows: bool,
     /// What may be done to a process tree.
     pub process: ProcessOptions,
 }
@@ -327,6 +331,17 @@ pub trait Workload: Send + Sync {
     /// `carry` chose.
     fn ahead(&self) -> Ahead;
 
+    /// Whether its memory can follow when it runs elsewhere already, as it is now and with
+    /// what `carry` chose.
+    fn follows(&self) -> Follows;
+
+    /// Of a frozen workload, what of its memory is in no part of its
+    /// [`rest`](Self::rest) because it follows; `None`: nothing.
+    fn left_behind(&self) -> Option<Arc<dyn LeftMemory>>;
+
+    /// The memory that it lacks, because it follows; `None` when it can lack none.
+    fn lacks(&self) -> Option<Arc<dyn Lacks>>;
+
     /// The next part of what it has on disks and sends while it runs, in whatever mode
     /// it moves; `None` when that was all. What of it changes after that is part of the
     /// [`rest`](Self::rest). Ended by [`stop_tracking`](Self::stop_tracking).
@@ -462,6 +477,10 @@ pub trait Arriving: Send + Sync {
     /// Writes its streams from any thread.
     fn chunks(&self) -> Arc<dyn ChunkSink>;
 
+    /// The memory that it lacks or will lack, because it follows; `None` when it can lack
+    /// none. It may lack some before [`load`](Self::load) is done.
+    fn lacks(&self) -> Option<Arc<dyn Lacks>>;
+
     /// Takes what [`Workload::save`] gave. It does not run yet.
     async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError>;
 
@@ -503,6 +522,8 @@ pub struct Manifest {
     /// What it has to find on a host, as its kind writes that down; empty when
     /// that is nothing.
     pub needs: Vec<u8>,
+    /// Memory of it stays at the source, and follows when it runs.
+    pub follows: bool,
 }
 
 /// A kind of workload.

@@ -168,7 +168,7 @@ pub fn there_and_back(moves: usize) -> Result<()> {
     let lab = lab()?;
     let before = lab.hosts().iter().map(Left::at).collect::<Result<Vec<_>>>()?;
     let net = format!("ip={ADDRESS}/24,bridge={BRIDGE}");
-    run(lab.host(1)?, "echo", &["--net", &net], SERVER, &[PORT])?;
+    run(lab.host(1)?, "echo", &["--net", &net], SERVER, &[PORT, "128"])?;
     lab.host(1)?.wait_for_output("echo", "listening")?;
     let client = Client::start(lab.host(2)?, ADDRESS)?;
     let columns = ["move", "way", "mode", "total ms", "downtime ms", "rounds", "answers"];

@@ -27,6 +27,8 @@ pub struct Migration {
     pub pages_sent: Option<u64>,
     pub pages_zero: Option<u64>,
     pub pages_skipped: Option<u64>,
+    /// Pages that came after it ran at the destination; in no other figure.
+    pub pages_after_switch: Option<u64>,
     pub bytes_on_wire: Option<u64>,
     pub verified: Option<bool>,
     pub failure: Option<MigrationFailure>,
@@ -119,6 +121,7 @@ impl From<v1::MigrationResult> for Migration {
             pages_sent: Some(from.pages_sent),
             pages_zero: Some(from.pages_zero),
             pages_skipped: Some(from.pages_skipped),
+            pages_after_switch: Some(from.pages_after_switch),
             bytes_on_wire: Some(from.bytes_on_wire),
             verified,
             failure: from.failure.map(Into::into),

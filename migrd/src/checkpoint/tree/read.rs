@@ -194,6 +194,7 @@ fn manifest(on_disk: &OnDisk, name: Option<String>, streams: &Streams, needs: Ve
         paused: false,
         created_unix_ms: crate::units::unix_ms(),
         needs,
+        follows: false,
     }
 }
 

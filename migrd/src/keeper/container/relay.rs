@@ -90,6 +90,11 @@ impl Relay {
         tell(&self.criu, &request)
     }
 
+    /// CRIU's process, for somebody who may have to end it.
+    pub(super) fn handle(&self) -> io::Result<PidFd> {
+        self.process.try_clone()
+    }
+
     /// Ends CRIU.
     pub(super) fn kill(&self) {
         if let Err(error) = self.process.kill() {

@@ -43,7 +43,10 @@ pub fn restore(
     let (word, heard) = channel();
     std::thread::Builder::new().name("restore".into()).spawn(move || {
         let restore = Restore { container: &container, work: &work, place: &place };
-        let lazy_pages = place.lazy_pages(&work);
+        let lazy_pages = match place.lazy_pages(&work) {
+            Ok(lazy_pages) => lazy_pages,
+            Err(failure) => return tell(News::RestoreFailed(failure)),
+        };
         conclude(&work, lazy_pages, &tell, |lazy, told| {
             let result = restore.to_the_word(lazy, |init| {
                 told(init);
@@ -89,6 +92,9 @@ impl Restore<'_> {
             ..self.work.options(RESTORE_LOG)
         };
         relay.request(options).map_err(system)?;
+        if let Some(lazy_pages) = &mut lazy_pages {
+            relay.handle().and_then(|maker| lazy_pages.made_by(maker)).map_err(system)?;
+        }
         let mut wanted = false;
         let deadline = Cell::new(self.place.limit.map(|limit| Instant::now() + limit));
         let done = drive(&relay, &deadline, |script, init| match script {
@@ -99,8 +105,10 @@ impl Restore<'_> {
                 }
                 // CRIU is in the cgroup, too, and has to go on when that is frozen.
                 cgroup::take_in(relay.pid)?;
-                lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.check())?;
+                lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.complete())?;
                 wanted = word(init);
+                // It may have been held for long.
+                lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.check())?;
                 deadline.set(Some(Instant::now() + RELEASE_LIMIT));
                 Ok(wanted)
             }
@@ -117,6 +125,15 @@ impl Restore<'_> {
         drop(relay);
         // It clears up what was not to be, and ends.
         let ended = runc.end(END).map_err(system)?;
+        if let Some(lazy_pages) = lazy_pages {
+            if let Some(error) = lazy_pages.why_ended() {
+                return Err(system(error));
+            }
+            // Until here nothing has run, and whoever hears of a failure may run another copy.
+            if done.is_ok() {
+                lazy_pages.check().map_err(system)?;
+            }
+        }
         match done {
             Ok(()) if !ended.success() => {
                 Err(system_failure(&self.container.what_runc_said(ended)))

@@ -85,10 +85,14 @@ impl Control {
 
     /// All memory is there, or the tree has been killed.
     pub(super) fn filled(&mut self, result: Result<(), Failure>) {
-        if let Err(failure) = result {
+        // Of a tree that has ended by itself nobody needs it any more.
+        if let Err(failure) = result
+            && !matches!(self.phase, Phase::Ended(_))
+        {
             eprintln!("{failure}");
-            self.memory_lost = true;
+            self.lacking.pager_failed();
         }
+        self.nothing_follows();
         let Ahead { later, .. } = std::mem::take(&mut self.ahead);
         self.serve_later(later);
     }

@@ -27,6 +27,7 @@ impl Control {
         self.expect(matches!(self.phase, Phase::Empty), "be restored")?;
         let state = restore.state.clone().unwrap_or_default();
         let work = self.work(images, restore.options, state.mounts)?;
+        let following = self.follow_memory(&work.images, &state.stays)?;
         if self.container.is_none() {
             self.cgroup.make()?;
             // Not before: a tree that is started here would have that mount, too, which
@@ -44,6 +45,7 @@ impl Control {
             paused: Arc::clone(&self.paused_at_restore),
             limit: (restore.limit_ms > 0).then(|| Duration::from_millis(restore.limit_ms.into())),
             lazy: restore.lazy,
+            following,
         };
         let teller = self.teller.clone();
         let tell = move |news| teller.tell(Told::Work(news));
@@ -54,6 +56,7 @@ impl Control {
         self.stdio = Some(stdio);
         self.input = state.input.to_vec();
         self.phase = Phase::Restoring { hold, waits: id };
+        self.name_what_is_lacking();
         Ok(())
     }
 
@@ -121,6 +124,7 @@ impl Control {
         };
         self.init = 0;
         self.stdio = None;
+        self.nothing_follows();
         // Nothing may be left that could run.
         if let Err(error) = self.cgroup.kill() {
             eprintln!("what is left of its processes: {error}");
@@ -149,6 +153,7 @@ impl Control {
                     eprintln!("what is left of its processes: {error}");
                 }
                 self.phase = Phase::Ended(None);
+                self.nothing_follows();
                 Err(failure.to_string())
             }
         };

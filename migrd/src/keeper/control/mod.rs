@@ -12,6 +12,7 @@
 
 mod ahead;
 mod arriving;
+mod following;
 mod leaving;
 mod phase;
 
@@ -39,6 +40,7 @@ use crate::child::serving::{self, Line, Served, Then};
 use crate::child::words;
 use crate::sys::process::PidFd;
 use ahead::Ahead;
+use following::Lacking;
 use phase::{Phase, Stage, Teller, Told};
 
 /// The first byte of a connection to a keeper.
@@ -67,8 +69,8 @@ pub struct Control {
     init: u32,
     /// The same, whoever has its number later.
     init_process: Option<PidFd>,
-    /// What brought its memory has failed, so the tree was killed.
-    memory_lost: bool,
+    /// What of its memory is still at its source.
+    lacking: Lacking,
     /// A tree that is restored is to stand still at its first word.
     paused_at_restore: Arc<AtomicBool>,
     told: Receiver<Told>,
@@ -110,7 +112,7 @@ impl Control {
             ahead: Ahead::default(),
             init: 0,
             init_process: None,
-            memory_lost: false,
+            lacking: Lacking::default(),
             paused_at_restore: Arc::default(),
             told,
             teller,
@@ -155,8 +157,8 @@ impl Control {
     }
 
     fn status(&self) -> proto::KeeperStatus {
-        let memory_lost = self.memory_lost;
-        proto::KeeperStatus { memory_lost, ..self.phase.status(self.init) }
+        let (loss, lacks) = (self.lacking.loss().into(), self.lacking.lacks());
+        proto::KeeperStatus { loss, lacks, ..self.phase.status(self.init) }
     }
 
     fn expect(&self, right: bool, what: &str) -> io::Result<()> {
@@ -320,6 +322,7 @@ impl Control {
             Told::Dump(number, news) if number == self.dumps => self.hear_of_work(news),
             // It was called off.
             Told::Dump(..) => {}
+            Told::Wanted => self.name_what_is_lacking(),
         }
     }
 
@@ -345,6 +348,7 @@ impl Control {
         if let Some(stdio) = &self.stdio {
             stdio.drain(&self.console);
         }
+        self.nothing_follows();
         if let Phase::Releasing { ended, .. } = &mut self.phase {
             *ended = Some(status);
             return;
@@ -406,6 +410,7 @@ impl Control {
         let result = match request {
             Request::Hello(proto::KeeperHello {}) => {
                 self.ahead.forget_daemon();
+                self.lacking.forget_daemon();
                 self.call_off();
                 let (config, status) = (Some(self.config.clone()), Some(self.status()));
                 let hello = proto::KeeperHelloReply { config, status };
@@ -428,6 +433,12 @@ impl Control {
                 Err(error) => Err(words(&error)),
             },
             Request::Stop(proto::KeeperStop {}) => self.stop().map_err(said),
+            Request::Lacking(proto::KeeperLacking { urgent }) => {
+                self.name_lacking(urgent, id);
+                return Then::Serve;
+            }
+            Request::Arrived(arrived) => self.memory_arrived(&arrived),
+            Request::Lost(proto::KeeperLost { why }) => self.memory_lost(&why),
             Request::Ahead(ahead) => match self.write_ahead(ahead, directory, id) {
                 Ok(()) => return Then::Serve,
                 Err(error) => Err(words(&error)),

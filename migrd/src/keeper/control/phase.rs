@@ -95,7 +95,7 @@ impl Phase {
             pid: init,
             exit_code: ended.and_then(|status| status.code()),
             signal: ended.and_then(|status| status.signal()).unwrap_or(0),
-            memory_lost: false,
+            ..proto::KeeperStatus::default()
         }
     }
 }
@@ -106,6 +106,8 @@ pub(super) enum Told {
     Work(News),
     /// The same, of the dump of that number.
     Dump(u64, News),
+    /// Memory is wanted that the daemon has to bring.
+    Wanted,
     /// The init of that number has ended.
     End(u32, Option<ExitStatus>),
 }

@@ -8,6 +8,7 @@
 
 pub mod facts;
 pub mod failure;
+pub mod pages;
 pub mod rpc;
 pub mod session;
 

@@ -114,7 +114,8 @@ pub(super) async fn accept(
     let paused = manifest.paused;
     let identity = identity(manifest);
     let shared = shared.clone();
-    let facts = Facts { shared, identity, epoch: offer.epoch, paused, from, claim };
+    let follows = manifest.follows;
+    let facts = Facts { shared, identity, epoch: offer.epoch, paused, follows, from, claim };
     Ok(Some(Arrival::receiving(facts, workload, intake)))
 }
 

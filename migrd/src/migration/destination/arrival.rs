@@ -9,9 +9,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::sealed::{self, Held};
-use super::{ArrivalError, Claim, Remembered, Shared};
+use super::{ArrivalError, Claim, Filling, Remembered, Shared};
 use crate::migration::journal::{Counterpart, Identity};
-use crate::migration::link::{Intake, LinkError, Peer, SealOrder, SealReport, Standing};
+use crate::migration::link::{Activated, Intake, LinkError, Peer, SealOrder, SealReport, Standing};
 use crate::units::{Epoch, MigrationId, WorkloadId};
 use crate::workload::Arriving;
 
@@ -25,7 +25,7 @@ type Reply<T> = oneshot::Sender<Result<T, ArrivalError>>;
 /// What an arrival can be told.
 pub(super) enum Command {
     Seal(SealOrder, Reply<SealReport>),
-    Activate(Epoch, Reply<Duration>),
+    Activate(Epoch, Reply<Activated>),
     Abandon(String, Reply<()>),
     Resolve(Reply<Standing>),
     Force(bool, Reply<()>),
@@ -40,6 +40,8 @@ pub(super) struct Facts {
     /// The epoch this host would own it in.
     pub(super) epoch: Epoch,
     pub(super) paused: bool,
+    /// Memory of it stays at its source, and follows.
+    pub(super) follows: bool,
     pub(super) from: Counterpart,
     pub(super) claim: Claim,
 }
@@ -65,6 +67,20 @@ enum Next {
 }
 
 impl Facts {
+    /// Has what the copy lacks brought from its source, if memory is to follow.
+    fn fill(&self, workload: &dyn Arriving) {
+        if !self.follows {
+            return;
+        }
+        let (shared, identity) = (self.shared.clone(), self.identity.clone());
+        let (epoch, from) = (self.epoch, self.from.clone());
+        let filling = Filling { shared, identity, epoch, from };
+        match workload.lacks() {
+            Some(lacks) => filling.start(lacks),
+            None => filling.over(),
+        }
+    }
+
     /// Asks the source how the migration stands; gives up after some seconds.
     async fn ask(&self) -> Result<Result<Standing, LinkError>, tokio::time::error::Elapsed> {
         let source: Arc<dyn Peer> = self.shared.host.peer(&self.from.address);
@@ -136,9 +152,11 @@ impl Arrival {
             identity: found.record.identity,
             epoch: sealed.epoch,
             paused: sealed.paused,
+            follows: sealed.follows,
             from: sealed.from,
             claim: found.claim,
         };
+        facts.fill(found.workload.as_ref());
         let held = Held { workload: found.workload, report: None };
         Some(Self { facts, phase: Phase::Sealed(held), heard: std::time::Instant::now() })
     }
@@ -218,6 +236,8 @@ impl Arrival {
         match self.phase {
             Phase::Receiving { mut workload, intake } => {
                 let facts = self.facts;
+                // To make it may take some of that already.
+                facts.fill(workload.as_ref());
                 let made = sealed::complete(workload.as_mut(), &intake, &order);
                 // It may take long, and the source need not wait for the end of that to
                 // have it dropped.
@@ -265,14 +285,15 @@ impl Arrival {
         }
     }
 
-    async fn activate(self, epoch: Epoch, reply: Reply<Duration>) -> Next {
+    async fn activate(self, epoch: Epoch, reply: Reply<Activated>) -> Next {
         if epoch != self.facts.epoch || matches!(self.phase, Phase::Receiving { .. }) {
             let phase = if epoch == self.facts.epoch { "not sealed" } else { "of another epoch" };
             let _ = reply.send(Err(ArrivalError::Unexpected { call: "Activate", phase }));
             return Next::Wait(self);
         }
+        let filling = self.facts.follows;
         let (outcome, next) = self.own(None).await;
-        let _ = reply.send(outcome);
+        let _ = reply.send(outcome.map(|took| Activated { took, filling }));
         next
     }
 
@@ -351,7 +372,9 @@ impl Arrival {
             Ok(Ok(Standing::Pending)) => {
                 Next::Wait(Self { heard: std::time::Instant::now(), ..self })
             }
-            Ok(Ok(Standing::Sealed | Standing::Owned | Standing::Discarded)) => Next::Wait(self),
+            Ok(Ok(
+                Standing::Sealed | Standing::Owned | Standing::Filling | Standing::Discarded,
+            )) => Next::Wait(self),
             Ok(Err(error)) => {
                 tracing::warn!(migration = %self.migration(), %error,
                     "a sealed copy waits and its source does not answer");

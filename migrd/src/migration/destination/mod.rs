@@ -5,6 +5,7 @@
 
 mod accepted;
 mod arrival;
+mod filling;
 mod sealed;
 
 use std::collections::HashMap;
@@ -15,13 +16,16 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::migration::journal::{Counterpart, Identity, Journal, JournalError, WorkloadRecord};
-use crate::migration::link::{Blocker, LaneGate, Offer, Peer, SealOrder, SealReport, Standing};
+use crate::migration::link::{
+    Activated, Blocker, LaneGate, Offer, Peer, SealOrder, SealReport, Standing,
+};
 use crate::migration::recovery::standing_at_destination;
 use crate::units::{Epoch, MigrationId, WorkloadId};
-use crate::workload::{Arriving, Engine, Kind, Manifest, Workload, WorkloadError};
+use crate::workload::{Arriving, Engine, Kind, Lacks, Manifest, Workload, WorkloadError};
 
 pub use accepted::{MAX_CONFIG, MAX_LANES, MAX_STREAMS, valid_name};
 use arrival::{Arrival, Command};
+use filling::Filling;
 
 /// How long things may take at the destination.
 #[derive(Clone, Copy, Debug)]
@@ -197,6 +201,18 @@ impl Arrivals {
         }
     }
 
+    /// Goes on to bring the memory of a workload that a restarted daemon has found, and
+    /// that is owned here; what it `lacks`, unless it has ended.
+    pub fn fill(&self, record: &WorkloadRecord, lacks: Option<Arc<dyn Lacks>>) {
+        let Some(from) = record.filling.clone() else { return };
+        let (shared, identity) = (self.shared.clone(), record.identity.clone());
+        let filling = Filling { shared, identity, epoch: record.epoch, from };
+        match lacks {
+            Some(lacks) => filling.start(lacks),
+            None => filling.over(),
+        }
+    }
+
     fn start(&self, arrival: Arrival) {
         let (commands, inbox) = mpsc::channel(8);
         let open = Open { workload: arrival.workload(), commands };
@@ -242,7 +258,7 @@ impl Arrivals {
         &self,
         migration: MigrationId,
         epoch: Epoch,
-    ) -> Result<Duration, ArrivalError> {
+    ) -> Result<Activated, ArrivalError> {
         self.ask(migration, |reply| Command::Activate(epoch, reply)).await
     }
 

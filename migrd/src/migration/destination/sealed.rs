@@ -65,8 +65,9 @@ pub(super) async fn complete(
 /// Journals the seal.
 pub(super) async fn seal(arrival: &Facts, complete: Complete) -> Result<SealReport, ArrivalError> {
     let Complete { started, verify, verified } = complete;
-    let sealed =
-        Sealed { from: arrival.from.clone(), epoch: arrival.epoch, paused: arrival.paused };
+    let (from, epoch) = (arrival.from.clone(), arrival.epoch);
+    let (paused, follows) = (arrival.paused, arrival.follows);
+    let sealed = Sealed { from, epoch, paused, follows };
     write(&arrival.shared, &arrival.identity, Event::Sealed(sealed)).await?;
     failpoint::reach(format_args!("destination-sealed"));
     let restore = started.elapsed().saturating_sub(verify);

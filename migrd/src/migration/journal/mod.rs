@@ -308,6 +308,7 @@ impl Journal {
                 | Event::TakenBack(_)
                 | Event::Sealed(_)
                 | Event::Activated(_)
+                | Event::Filled(_)
                 | Event::ForcedHere
                 | Event::GivenUp
                 | Event::Removed(_) => {}

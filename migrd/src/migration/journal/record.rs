@@ -46,6 +46,9 @@ pub struct Sealed {
     pub epoch: Epoch,
     /// It stays paused when it is activated.
     pub paused: bool,
+    /// Memory of it stays at its source, and follows when it runs.
+    #[serde(default)]
+    pub follows: bool,
 }
 
 /// What a workload is made of; it does not change while the workload lives.
@@ -81,6 +84,9 @@ pub struct WorkloadRecord {
     pub sealed: Option<Sealed>,
     /// An operator paused it; it stays so over a restart of the daemon.
     pub paused: bool,
+    /// Who still has memory of it, and has to keep that. Only of one that is owned.
+    #[serde(default)]
+    pub filling: Option<Counterpart>,
 }
 
 /// Something that happens to a record.
@@ -100,6 +106,8 @@ pub enum Event {
     Sealed(Sealed),
     /// The source has released it to this host.
     Activated(MigrationId),
+    /// Nothing more comes from the source of that migration: all is here, or it has ended.
+    Filled(MigrationId),
     /// This host will never run that migration.
     Discarded(MigrationId),
     /// Owned, but not one instruction of it ran here, nor ever will: its
@@ -128,7 +136,14 @@ impl WorkloadRecord {
     /// A record of a workload that was never on this host.
     #[must_use]
     pub fn never(identity: Identity) -> Self {
-        Self { identity, epoch: Epoch(0), ownership: Ownership::Never, sealed: None, paused: false }
+        Self {
+            identity,
+            epoch: Epoch(0),
+            ownership: Ownership::Never,
+            sealed: None,
+            paused: false,
+            filling: None,
+        }
     }
 
     /// Whether this host may run it.
@@ -187,7 +202,7 @@ impl WorkloadRecord {
                 next.paused = *paused;
             }
             Event::Released(to) => {
-                if !self.owned() {
+                if !self.owned() || self.filling.is_some() {
                     return Err(refused());
                 }
                 (next.epoch, next.ownership) = (self.epoch.next(), Ownership::Released(to.clone()));
@@ -215,6 +230,11 @@ impl WorkloadRecord {
                 let sealed = sealed.ok_or_else(refused)?;
                 (next.epoch, next.ownership) = (sealed.epoch, Ownership::Owned);
                 next.paused = sealed.paused;
+                next.filling = sealed.follows.then_some(sealed.from);
+            }
+            Event::Filled(migration) => {
+                let filling = next.filling.take().filter(|from| from.migration == *migration);
+                filling.ok_or_else(refused)?;
             }
             Event::Discarded(migration) => {
                 let sealed = next.sealed.take().filter(|s| s.from.migration == *migration);
@@ -225,6 +245,7 @@ impl WorkloadRecord {
                     return Err(refused());
                 }
                 next.ownership = Ownership::Gone(source.clone());
+                next.filling = None;
             }
             Event::ForcedHere => next.force_here().ok_or_else(refused)?,
             Event::GivenUp => next.give_up().ok_or_else(refused)?,
@@ -233,6 +254,7 @@ impl WorkloadRecord {
                 if self.sealed.is_some() || self.epoch != *epoch {
                     return Err(refused());
                 }
+                next.filling = None;
                 next.ownership = match &self.ownership {
                     Ownership::Owned => Ownership::Removed(None),
                     Ownership::Gone(to) => Ownership::Removed(Some(to.clone())),
@@ -250,6 +272,7 @@ impl WorkloadRecord {
         if let Some(sealed) = self.sealed.take() {
             self.epoch = sealed.epoch.next();
             self.paused = sealed.paused;
+            self.filling = sealed.follows.then_some(sealed.from);
         } else if matches!(self.ownership, Ownership::Released(_)) {
             self.epoch = self.epoch.next();
         } else {

@@ -9,6 +9,7 @@ mod files;
 mod offered;
 mod precopy;
 pub mod released;
+pub mod serving;
 mod stopped;
 
 use std::sync::{Arc, Mutex};
@@ -30,6 +31,7 @@ use crate::units::{Epoch, HostId, MigrationId};
 use crate::workload::{Carry, ProcessOptions, RunState, Workload};
 
 use released::{Released, Settled};
+use serving::{Serves, Serving};
 
 /// How long an abort waits for the peer to hear of it. The peer finds out by
 /// itself if it does not.
@@ -58,7 +60,8 @@ impl Request {
     #[must_use]
     pub fn carry(&self) -> Carry {
         let (disks, verify, process) = (self.copy_disks, self.verify, self.process);
-        Carry { disks, verify, process, ..Carry::default() }
+        let follows = self.mode == Some(Mode::Postcopy);
+        Carry { disks, verify, process, follows, ..Carry::default() }
     }
 }
 
@@ -124,6 +127,8 @@ pub struct Context {
     pub progress: watch::Sender<Progress>,
     /// What stops cost on this host.
     pub fixed_cost: FixedCost,
+    /// Where memory is served that stays here.
+    pub serving: Serving,
     /// How many lanes to use.
     pub lanes: u32,
 }
@@ -166,7 +171,7 @@ pub enum End {
     /// It is here as before.
     Kept(Box<dyn Workload>, Report),
     /// It was given away and the peer can't be reached. It stands still here.
-    InDoubt(Released, Report),
+    InDoubt(Box<Released>, Report),
 }
 
 /// Moves `workload` to the peer.
@@ -189,8 +194,11 @@ async fn phases(
     let copied = offered.precopy().await?;
     let stopped = copied.stop().await?;
     let sealed = stopped.seal().await?;
-    let (mut released, run) = sealed.release().await?;
-    let settled = released.settle_soon().await;
+    let (mut released, mut run) = sealed.release().await?;
+    let mut settled = released.settle_soon().await;
+    if settled == Settled::Filling {
+        settled = released.serve_the_rest(&mut run).await;
+    }
     Ok((released, settled, run))
 }
 
@@ -205,6 +213,8 @@ struct Run {
     tracking: bool,
     /// Its devices were drained, or it was frozen.
     held: bool,
+    /// Memory that stays here until the peer asks for it.
+    serves: Option<Serves>,
     phase: Phase,
 }
 
@@ -221,6 +231,7 @@ impl Run {
             offered: false,
             tracking: false,
             held: false,
+            serves: None,
             phase: Phase::Planning,
         }
     }
@@ -253,6 +264,7 @@ impl Run {
         if let Some(lanes) = self.lanes.take() {
             drop(lanes);
         }
+        self.serves = None;
         if self.held
             && let Err(error) = self.workload.thaw().await
         {

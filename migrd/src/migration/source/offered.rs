@@ -45,12 +45,12 @@ impl Offered {
         Ok(Self(run))
     }
 
-    /// Sends memory in rounds while the workload runs; in mode `stop`, only
-    /// files that go ahead in any mode.
+    /// Sends memory in rounds while the workload runs; in modes `stop` and `postcopy`
+    /// only files that go ahead in any mode.
     pub(super) async fn precopy(self) -> Result<Copied, Aborted> {
         let run = self.0.send_files().await?;
         match (run.context().mode.mode, run.workload.ahead()) {
-            (Mode::Stop, _) => Ok(Copied::nothing(run)),
+            (Mode::Stop | Mode::Postcopy, _) => Ok(Copied::nothing(run)),
             (Mode::Precopy, Ahead::Pages) => Copied::by_rounds(run).await,
             (Mode::Precopy, Ahead::Copies { .. }) => Copied::by_copies(run).await,
             (Mode::Precopy, Ahead::Not(why)) => {
@@ -77,6 +77,7 @@ fn offer(run: &Run, needs: Needs) -> Offer {
             paused: context.paused,
             created_unix_ms: identity.created_unix_ms,
             needs: needs.written,
+            follows: context.mode.mode == Mode::Postcopy,
         },
         lanes: context.lanes,
         dry_run: false,

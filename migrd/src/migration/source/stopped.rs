@@ -10,7 +10,7 @@ use super::{ABANDON_WAIT, Aborted, Record, Run, send_pages, within};
 use crate::migration::failpoint;
 use crate::migration::journal::{Event, JournalError};
 use crate::migration::link::{LaneTotals, LinkError, PageLanes, Peer, SealOrder};
-use crate::migration::phase::{MigrationError, Phase};
+use crate::migration::phase::{MigrationError, Mode, Phase};
 use crate::pages::PageSet;
 use crate::units::{MigrationId, PAGE_SIZE};
 use crate::workload::{Ahead, StreamSpec, WorkloadError};
@@ -46,7 +46,17 @@ impl Stopped {
         failpoint::reach(format_args!("source-frozen"));
         run.record.tally.downtime.pause = started.elapsed();
         let order = run.send_rest().await;
-        let (run, order) = run.or_abort(order).await?;
+        let (mut run, order) = run.or_abort(order).await?;
+        if run.context().mode.mode == Mode::Postcopy
+            && let Some(memory) = run.workload.left_behind()
+        {
+            let left = memory.bytes() / PAGE_SIZE;
+            let skipped = &mut run.record.tally.skipped;
+            *skipped = skipped.saturating_sub(left);
+            // Not only when it was released: to make a tree takes some of its memory.
+            let (id, host) = (run.context().id, run.context().peer_host);
+            run.serves = Some(run.context().serving.serve(id, host, memory));
+        }
         failpoint::reach(format_args!("source-written"));
         Ok(Self { run, order })
     }
@@ -229,8 +239,8 @@ impl Sealed {
             }
         };
         run.enter(Phase::Released);
-        let Run { record, workload, .. } = run;
-        let released = Released::new(&record.context, Some(workload), started);
+        let Run { record, workload, serves, .. } = run;
+        let released = Released::new(&record.context, Some(workload), serves, started);
         Ok((released, record))
     }
 }

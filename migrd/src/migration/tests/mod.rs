@@ -3,6 +3,7 @@
 
 mod copies;
 mod failures;
+mod following;
 mod model;
 mod parts;
 mod world;

@@ -13,7 +13,7 @@ use super::{Active, Back, Holding, Owner};
 use crate::migration::journal::Event;
 use crate::migration::link::{Blocker, Peer};
 use crate::migration::mode::choose;
-use crate::migration::phase::{MigrationError, Outcome, Phase, Progress, Report};
+use crate::migration::phase::{MigrationError, Mode, Outcome, Phase, Progress, Report};
 use crate::migration::plan::{Question, identify};
 use crate::migration::policy::approximate;
 use crate::migration::policy::copies::making;
@@ -32,7 +32,8 @@ impl Owner {
         let workload = self.live("migrated")?;
         workload.carry(request.carry()).await?;
         let found = workload.problems().await?;
-        let mode = choose(request.mode, &workload.ahead())?;
+        let mode = choose(request.mode, &workload.ahead(), &workload.follows())?;
+        let follows = mode.mode == Mode::Postcopy;
         let (streams, needs) = (workload.streams(), workload.needs());
         let on_disks: u64 = streams.iter().map(|s| s.used).sum();
         let identity = &self.record.identity;
@@ -57,6 +58,7 @@ impl Owner {
                 paused: self.record.paused,
                 created_unix_ms: identity.created_unix_ms,
                 needs: Vec::new(),
+                follows,
             },
             needs,
             epoch: self.record.epoch.next(),
@@ -71,6 +73,7 @@ impl Owner {
             known_rate: rates.get(peer.address()).copied().unwrap_or(0.0),
             fixed_cost: match identity.kind {
                 Kind::Vm => fixed_cost,
+                _ if follows => fixed_cost,
                 Kind::Process | Kind::Container => fixed_cost + making(populated / PAGE_SIZE),
             },
         })
@@ -106,6 +109,7 @@ impl Owner {
             shutdown: self.shared.shutdown.clone(),
             progress,
             fixed_cost: self.shared.fixed_cost(self.record.identity.kind).clone(),
+            serving: self.shared.serving.clone(),
             lanes: self.shared.lanes,
         };
         let active = Active { watching: watching.clone(), cancel };
@@ -161,14 +165,18 @@ impl Owner {
             return Err(self.wrong("forced"));
         };
         interrupt.cancel();
-        let released = match self.back.1.recv().await {
-            Some(Back::Interrupted(released)) => released,
-            Some(other) => {
-                // It settled by itself at this very moment: nothing to force.
-                self.take_back(other).await;
-                return Err(self.wrong("forced"));
+        let released = loop {
+            match self.back.1.recv().await {
+                Some(Back::Interrupted(released)) => break released,
+                // It was said before it was interrupted.
+                Some(Back::Unsettled(_)) => {}
+                Some(other) => {
+                    // It settled by itself at this very moment: nothing to force.
+                    self.take_back(other).await;
+                    return Err(self.wrong("forced"));
+                }
+                None => return Err(RegistryError::ShuttingDown),
             }
-            None => return Err(RegistryError::ShuttingDown),
         };
         let event = if run_here { Event::ForcedHere } else { Event::GivenUp };
         if let Err(error) = self.journal(event).await {
@@ -205,8 +213,16 @@ impl Owner {
             return;
         };
         let (back, name) = (self.back.0.clone(), self.name());
+        let unsettled = self.back.0.clone();
         self.shared.tasks.spawn(async move {
-            let told = |why: &str| tracing::warn!(workload = name, why, "in doubt");
+            let told = |settled: &Settled| {
+                match settled {
+                    Settled::InDoubt(why) => tracing::warn!(workload = name, why, "in doubt"),
+                    settled => tracing::debug!(workload = name, ?settled, "not settled"),
+                }
+                // An owner that is behind hears of it the next time.
+                let _ = unsettled.try_send(Back::Unsettled(settled.clone()));
+            };
             let settled = released.settle(&interrupt, told).await;
             let news = match settled {
                 Some(settled) => Back::Settled(settled, released),
@@ -216,7 +232,25 @@ impl Owner {
         });
     }
 
+    /// How a workload stands that is not settled.
+    fn unsettled(&mut self, settled: Settled) {
+        self.serves = settled == Settled::Filling;
+        match settled {
+            Settled::InDoubt(why) => self.doubt = why,
+            Settled::Filling => {
+                self.doubt = "it runs there, and memory of it is still here: this host is needed \
+                    until it has all"
+                    .into();
+            }
+            Settled::Gone | Settled::TakenBack => {}
+        }
+    }
+
     pub(super) async fn take_back(&mut self, back: Back) {
+        if let Back::Unsettled(settled) = back {
+            self.unsettled(settled);
+            return self.publish();
+        }
         // Whatever it was, buffers of a migration are free now.
         tokio::task::spawn_blocking(crate::sys::heap::trim);
         if let Ok(Some(record)) = self.shared.journal.get(self.record.identity.id) {
@@ -230,8 +264,9 @@ impl Owner {
                 }
                 End::Kept(workload, _) => self.hold(Holding::Here(workload)),
                 End::InDoubt(released, report) => {
+                    self.serves = false;
                     self.doubt = report.failure.map_or_else(String::new, |f| f.message);
-                    self.hold(Holding::InDoubt(Box::new(released)));
+                    self.hold(Holding::InDoubt(released));
                 }
             },
             Back::Settled(Settled::Gone, released) => {
@@ -247,11 +282,12 @@ impl Owner {
                 );
                 self.hold(holding);
             }
-            Back::Settled(Settled::InDoubt(why), released) => {
-                self.doubt = why;
+            Back::Settled(settled @ (Settled::InDoubt(_) | Settled::Filling), released) => {
+                self.unsettled(settled);
                 self.hold(Holding::InDoubt(released));
             }
             Back::Interrupted(released) => self.hold(Holding::InDoubt(released)),
+            Back::Unsettled(settled) => self.unsettled(settled),
         }
     }
 

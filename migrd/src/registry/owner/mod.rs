@@ -94,6 +94,8 @@ pub(super) struct Active {
 enum Back {
     Migrated(Box<End>),
     Settled(Settled, Box<Released>),
+    /// How it stands as long as that is not settled.
+    Unsettled(Settled),
     Interrupted(Box<Released>),
 }
 
@@ -104,6 +106,8 @@ pub(super) struct Owner {
     holding: Holding,
     run_state: Option<watch::Receiver<RunState>>,
     doubt: String,
+    /// What was given away runs there, and its memory is still here.
+    serves: bool,
     published: Arc<Published>,
     inbox: mpsc::Receiver<Command>,
     back: (mpsc::Sender<Back>, mpsc::Receiver<Back>),
@@ -136,6 +140,7 @@ impl Owner {
             holding: Holding::Gone,
             run_state: None,
             doubt: String::new(),
+            serves: false,
             published: published.clone(),
             inbox,
             back: mpsc::channel(4),
@@ -189,6 +194,9 @@ impl Owner {
         };
         if state == State::InDoubt {
             reason.clone_from(&self.doubt);
+            if self.serves {
+                state = State::Migrating;
+            }
         }
         let (identity, epoch) = (self.record.identity.clone(), self.record.epoch);
         let status = Status { identity, epoch, state, reason, peer, migration };
@@ -287,6 +295,14 @@ impl Owner {
             State::Running => ("running", String::new()),
             State::Paused => ("paused already", String::new()),
             State::Stopped => ("stopped", format!(" ({})", status.reason)),
+            State::Migrating if self.serves => (
+                "still needed",
+                format!(
+                    ": it runs at {} and takes the rest of its memory from here; wait for that, or \
+                     see `migctl force --help`",
+                    status.peer
+                ),
+            ),
             State::Migrating => ("arriving", "; wait for it".to_owned()),
             State::InDoubt => (
                 "in doubt",

@@ -11,6 +11,7 @@ use prost::Message;
 
 use super::images::{APPENDED, Images};
 use super::keeper::{Keeper, OUTPUT_LOG};
+use super::lacking::Lacking;
 use super::leaving::STATE_VERSION;
 use super::net::{self, Network};
 use super::remains::{put_away, remove};
@@ -21,7 +22,7 @@ use super::{LOG_STREAM, failed, log_spec, told, versions};
 use crate::serial_log::LogStream;
 use crate::units::WorkloadId;
 use crate::workload::{
-    Arriving, ChunkSink, OutOfStream, Problem, StreamHash, StreamKey, StreamSpec, Workload,
+    Arriving, ChunkSink, Lacks, OutOfStream, Problem, StreamHash, StreamKey, StreamSpec, Workload,
     WorkloadError,
 };
 
@@ -39,6 +40,8 @@ pub(super) struct ArrivingTree {
     tracks: bool,
     /// Whether memory can be put in place here when it runs.
     lazy: bool,
+    /// Memory was announced that stays at its source.
+    follows: bool,
     /// After a start: made then, since what comes after can't fail any more.
     tree: Option<Tree>,
 }
@@ -112,14 +115,17 @@ pub(super) struct Parts {
     pub(super) tracks: bool,
     /// Whether memory can be put in place here when it runs.
     pub(super) lazy: bool,
+    /// Memory was announced that stays at its source.
+    pub(super) follows: bool,
     /// Version of the CRIU of this host.
     pub(super) criu: String,
 }
 
 impl ArrivingTree {
     pub(super) fn new(parts: Parts) -> Result<Self, WorkloadError> {
-        let Parts { id, directory, cgroup, keeper, network, images, rootfs, tracks, lazy, criu } =
-            parts;
+        let Parts { id, directory, cgroup, keeper, network, images, .. } = parts;
+        let (rootfs, tracks, lazy, follows, criu) =
+            (parts.rootfs, parts.tracks, parts.lazy, parts.follows, parts.criu);
         let mut options = std::fs::OpenOptions::new();
         let log = options.read(true).write(true).open(directory.join(OUTPUT_LOG));
         let log = LogStream::new(log.map_err(failed("open its log"))?, LOG_STREAM);
@@ -139,6 +145,7 @@ impl ArrivingTree {
             chunks,
             tracks,
             lazy,
+            follows,
             tree: None,
         })
     }
@@ -156,6 +163,10 @@ impl ArrivingTree {
 impl Arriving for ArrivingTree {
     fn chunks(&self) -> Arc<dyn ChunkSink> {
         self.chunks.clone()
+    }
+
+    fn lacks(&self) -> Option<Arc<dyn Lacks>> {
+        Some(Arc::new(Lacking(Arc::clone(&self.keeper))))
     }
 
     async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {
@@ -179,14 +190,22 @@ impl Arriving for ArrivingTree {
         let images = state.images.clone();
         let arranged = tokio::task::spawn_blocking(move || chunks.tree.images().arrange(&images));
         arranged.await.map_err(|e| WorkloadError::caused("arranging its images failed", e))??;
+        let announced = self.lazy && self.follows;
+        if !announced && !state.stays.is_empty() {
+            return Err(WorkloadError::new(
+                "memory of the processes is at their source, which was not announced or can't \
+                 follow here: use --mode stop, or leave --mode out",
+            ));
+        }
         let options = state.options;
+        let lazy = self.lazy && (memory_follows(&state.images) || !state.stays.is_empty());
         let proto::ProcessState { images, .. } = state;
         let limit = limit(&images);
         let restore = proto::KeeperRestore {
             limit_ms: u32::try_from(limit.as_millis()).unwrap_or(u32::MAX),
             state: Some(proto::ProcessState { images: Vec::new(), ..state }),
             options,
-            lazy: self.lazy && memory_follows(&images),
+            lazy,
         };
         let directory = self.chunks.tree.images().directory()?;
         let restored = self.keeper.done_with(Request::Restore(restore), vec![directory]).await;

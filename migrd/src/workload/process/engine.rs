@@ -128,6 +128,23 @@ impl ProcessEngine {
         self.criu.as_ref().as_ref().is_ok_and(|criu| criu.features.lazy_pages)
     }
 
+    /// What keeps memory from following a tree here, if it is to.
+    fn can_not_fill(&self, manifest: &Manifest) -> Option<Problem> {
+        let why = match self.criu.as_ref() {
+            // Its own line says why.
+            _ if !manifest.follows => return None,
+            Err(_) => return None,
+            Ok(criu) if !versions::sends_pages(&criu.version.to_string()) => {
+                format!("it takes CRIU 4.2 to have memory follow, and {} is here", criu.version)
+            }
+            Ok(_) if self.fills_later() => return None,
+            Ok(_) => "the kernel does not let CRIU put memory in place when processes run already \
+                 (userfaultfd with its events for fork, mremap and munmap, which CRIU has tried)"
+                .to_owned(),
+        };
+        Some(Problem::new("destination-postcopy", why, "use --mode stop, or leave --mode out"))
+    }
+
     /// A keeper with no processes yet, in a network of its own if it is to have
     /// one, which is cut off.
     pub(super) async fn keep(
@@ -324,6 +341,7 @@ impl Engine for ProcessEngine {
             problems.push(Problem::new(code, problem, remedy));
         }
         problems.extend(lacking(&manifest.needs, &self.criu_version()).await);
+        problems.extend(self.can_not_fill(manifest));
         match offered(manifest).and_then(|config| self.is_for(&config).map(|()| config)) {
             Ok(config) => {
                 if let Ok(Some(spec)) = super::container_of(&config) {
@@ -378,8 +396,20 @@ impl Engine for ProcessEngine {
         let images = manifest.streams.iter().filter(|s| !others.contains(&s.key)).cloned();
         let images = images.collect();
         let (tracks, lazy, criu) = (self.tracks(), self.fills_later(), self.criu_version());
-        let parts =
-            Parts { id, directory, cgroup, keeper, network, images, rootfs, tracks, lazy, criu };
+        let follows = manifest.follows;
+        let parts = Parts {
+            id,
+            directory,
+            cgroup,
+            keeper,
+            network,
+            images,
+            rootfs,
+            tracks,
+            lazy,
+            follows,
+            criu,
+        };
         match ArrivingTree::new(parts) {
             Ok(arriving) => Ok(Box::new(arriving)),
             Err(error) => {
@@ -510,9 +540,20 @@ impl Recovers for ProcessEngine {
         }
         let (directory, cgroup) = (self.place(id), self.cgroup(id)?);
         let (images, tracks, criu) = (Vec::new(), self.tracks(), self.criu_version());
-        let (rootfs, lazy) = (None, self.fills_later());
-        let parts =
-            Parts { id, directory, cgroup, keeper, network, images, rootfs, tracks, lazy, criu };
+        let (rootfs, lazy, follows) = (None, self.fills_later(), false);
+        let parts = Parts {
+            id,
+            directory,
+            cgroup,
+            keeper,
+            network,
+            images,
+            rootfs,
+            tracks,
+            lazy,
+            follows,
+            criu,
+        };
         Ok(Some(Box::new(ArrivingTree::new(parts)?)))
     }
 

@@ -53,10 +53,18 @@ fn state_of(seen: &Seen, wish: Option<&str>) -> RunState {
 
 /// How an init ended.
 fn how(status: proto::KeeperStatus) -> String {
-    if status.memory_lost {
-        return "what put its memory in place after it had moved (`criu lazy-pages`) ended \
-            early, and it can't run without: the keeper's log says more"
-            .to_owned();
+    match status.loss() {
+        proto::KeeperLoss::Unspecified => {}
+        proto::KeeperLoss::Pager => {
+            return "what put its memory in place after it had moved (`criu lazy-pages`) ended \
+                early, and it can't run without: the keeper's log says more"
+                .to_owned();
+        }
+        proto::KeeperLoss::Source => {
+            return "the host that it came from can't give it the rest of its memory any more, \
+                and it can't run without: the logs of migrd and of the keeper say more"
+                .to_owned();
+        }
     }
     match (status.exit_code, status.signal) {
         (Some(code), _) => format!("it exited with status {code}"),

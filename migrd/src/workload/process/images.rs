@@ -9,7 +9,7 @@
 //! What was written while the tree ran is in a directory of its own for each round
 //! ([`rounds`]); the images of the stop are at the top, and build on those.
 
-mod frozen;
+pub(super) mod frozen;
 pub mod page_server;
 pub mod rounds;
 mod source;

@@ -347,6 +347,28 @@ impl Keeper {
         }
     }
 
+    /// The next piece of memory that the tree lacks; with `urgent` only one that it waits
+    /// for. Returns when there is one; `None` when it lacks nothing.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub async fn lacking(&self, urgent: bool) -> Result<Option<proto::ProcessStay>, KeeperError> {
+        let lacking = keeper_request::Request::Lacking(proto::KeeperLacking { urgent });
+        match self.link.ask(lacking).await? {
+            keeper_reply::Reply::Lacking(proto::KeeperLackingReply { piece }) => Ok(piece),
+            _ => Err(LinkError::Protocol("an answer to something else".into()).into()),
+        }
+    }
+
+    /// Whether the tree lacks memory that its source has.
+    #[must_use]
+    pub fn lacks(&self) -> bool {
+        match &*self.states.borrow() {
+            Seen::Alive { status, .. } => status.lacks,
+            Seen::Dead(_) => false,
+        }
+    }
+
     /// Ends it and its tree in good order, or kills it. The caller kills what may be
     /// left in the cgroup.
     pub async fn quit(&self) {

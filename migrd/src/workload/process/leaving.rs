@@ -30,14 +30,26 @@ pub(super) struct Dump {
     growing: Growing,
     /// Memory that CRIU hands over.
     memory: Option<Receiving>,
+    /// What of memory is in the processes stays there.
+    follows: bool,
     end: Option<proto::KeeperDumped>,
     log_sent: bool,
 }
 
 impl Dump {
     /// Of a tree of which `growing` was handed out already.
-    pub(super) fn after(growing: Growing, memory: Option<Receiving>) -> Self {
-        Self { growing, memory, ..Self::default() }
+    pub(super) fn after(growing: Growing, memory: Option<Receiving>, follows: bool) -> Self {
+        Self { growing, memory, follows, ..Self::default() }
+    }
+
+    /// What of memory is in none of its parts, if it was stopped for that.
+    pub(super) fn stays(&self, images: &Images) -> (Vec<proto::ProcessStay>, u64) {
+        if self.follows { images.stays(&self.growing.numbers()) } else { (Vec::new(), 0) }
+    }
+
+    /// Whether memory was to stay in the processes.
+    pub(super) fn follows(&self) -> bool {
+        self.follows
     }
 
     /// Ends it in the middle, as far as that can be done from here.
@@ -64,7 +76,8 @@ impl Dump {
         let mut part = PageSet::default();
         while self.end.is_none() {
             self.end = self.look(keeper).await?;
-            add(&mut part, self.growing.take(images, self.end.is_some())?);
+            let taken = self.growing.take(images, self.end.is_some())?;
+            add(&mut part, if self.follows { images.without_frozen(taken) } else { taken });
             if part.count() >= PART_PAGES {
                 return Ok(Some(part));
             }
@@ -119,6 +132,7 @@ impl Dump {
             mounts,
             processes,
             options: Some(to_wire(options)),
+            stays: self.stays(images).0,
         })
     }
 }

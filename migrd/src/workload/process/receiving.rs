@@ -64,9 +64,9 @@ fn is_the_end(error: &io::Error) -> bool {
     matches!(error.kind(), UnexpectedEof | ConnectionReset | BrokenPipe)
 }
 
-/// The process that has a number in the innermost namespace that it is in, which is
+/// The process of a tree that has a number in the innermost namespace that it is in, which is
 /// that of its tree (proc(5), `NSpid`).
-fn process(cgroup: &Cgroup, number: u32) -> io::Result<u32> {
+pub(super) fn process(cgroup: &Cgroup, number: u32) -> io::Result<u32> {
     for pid in cgroup.processes()? {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         if innermost(&status) == Some(number) {

@@ -16,7 +16,9 @@ use super::chains::Chains;
 use super::follow::follow;
 use super::images::Images;
 use super::keeper::{Keeper, OUTPUT_LOG};
+use super::lacking::Lacking;
 use super::leaving::Dump;
+use super::left::Left;
 use super::looking::Found;
 use super::net::Network;
 use super::receiving::Receiving;
@@ -27,8 +29,8 @@ use super::{image_streams, log_spec, to_wire, told, versions};
 use crate::pages::PageSet;
 use crate::serial_log::LogStream;
 use crate::workload::{
-    Ahead, Carry, ChunkSource, Needing, Needs, NoStreams, Problem, ProcessOptions, RunState,
-    StreamHash, StreamSpec, Terminal, Workload, WorkloadError,
+    Ahead, Carry, ChunkSource, Follows, Lacks, LeftMemory, Needing, Needs, NoStreams, Problem,
+    ProcessOptions, RunState, StreamHash, StreamSpec, Terminal, Workload, WorkloadError,
 };
 
 /// A tree, or what is left of one that has ended.
@@ -51,6 +53,8 @@ pub(super) struct Alive {
     pub(super) to_files: bool,
     /// Its memory is to be the same whenever it is read.
     verify: bool,
+    /// Its memory stays here until the destination asks for it.
+    follows: bool,
     streams: Vec<StreamSpec>,
     chunks: Arc<TreeStreams>,
     /// What it has to find at a destination, as was seen last.
@@ -97,6 +101,7 @@ impl Tree {
             options: ProcessOptions::default(),
             to_files: false,
             verify: false,
+            follows: false,
             streams: vec![log_spec()],
             chunks,
             found: None,
@@ -224,7 +229,13 @@ impl Workload for Tree {
     async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError> {
         let log = log_stream(&self.directory)?;
         let alive = self.alive()?;
-        // Memory may still come to it from an earlier move.
+        if alive.keeper.lacks() {
+            return Err(WorkloadError::new(
+                "memory of it still comes from the host that it came from: wait until all is \
+                 here (`migctl list` at that host says when), then try again",
+            ));
+        }
+        // Memory may still be put in place from an earlier move.
         let settled = alive.keeper.done(Request::Settle(proto::KeeperSettle {})).await;
         settled.map_err(told("wait for all its memory"))?;
         let stats = alive.keeper.stats().await.map_err(told("measure it"))?;
@@ -236,6 +247,7 @@ impl Workload for Tree {
         alive.rounds = Rounds::default();
         alive.to_files = what.to_files;
         alive.verify = what.verify;
+        alive.follows = what.follows;
         alive.chains.choose(what.chain);
         let written = std::mem::take(&mut alive.carried.written);
         alive.carried = match what.to_files {
@@ -293,6 +305,37 @@ impl Workload for Tree {
         }
     }
 
+    fn follows(&self) -> Follows {
+        let not = |why: &str| Follows::Not(why.to_owned());
+        match &self.alive {
+            None => not("it has ended"),
+            Some(alive) if alive.verify => {
+                not("--verify compares all memory before it runs, and this mode brings it later")
+            }
+            Some(alive) if !versions::sends_pages(&alive.criu) => {
+                not("it takes CRIU 4.2 at this host to leave memory in the processes")
+            }
+            Some(_) => Follows::Can,
+        }
+    }
+
+    fn left_behind(&self) -> Option<Arc<dyn LeftMemory>> {
+        let alive = self.alive.as_ref()?;
+        let bytes = match &alive.dump {
+            Some(dump) if !dump.follows() => return None,
+            Some(dump) => dump.stays(alive.chunks.images()).1,
+            // Of a tree that an earlier daemon has stopped.
+            None if alive.keeper.phase() == KeeperPhase::Dumping => 0,
+            None => return None,
+        };
+        Some(Arc::new(Left::new(&alive.keeper, &self.cgroup, bytes)))
+    }
+
+    fn lacks(&self) -> Option<Arc<dyn Lacks>> {
+        let alive = self.alive.as_ref()?;
+        Some(Arc::new(Lacking(Arc::clone(&alive.keeper))))
+    }
+
     async fn files_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {
         self.alive()?.carried.ahead().await
     }
@@ -343,7 +386,8 @@ impl Workload for Tree {
         } else {
             (None, None)
         };
-        alive.dump = Some(Dump::after(growing, memory));
+        let follows = alive.follows && memory.is_some();
+        alive.dump = Some(Dump::after(growing, memory, follows));
         let options = to_wire(alive.options);
         let ready = alive.keeper.dump(images, options, parent, page_server, track).await;
         ready.map_err(|error| WorkloadError::new(error.to_string()))

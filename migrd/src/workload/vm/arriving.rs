@@ -17,7 +17,8 @@ use super::{LOG_STREAM, all_streams, failed, told};
 use crate::pages::{PageBitmap, PageSet};
 use crate::units::{PAGE_SIZE, PageIndex, PageRun};
 use crate::workload::{
-    Arriving, ChunkSink, OutOfStream, StreamHash, StreamKey, StreamSpec, Workload, WorkloadError,
+    Arriving, ChunkSink, Lacks, OutOfStream, StreamHash, StreamKey, StreamSpec, Workload,
+    WorkloadError,
 };
 
 /// How often the child is told what has landed.
@@ -158,6 +159,10 @@ impl ArrivingVm {
 impl Arriving for ArrivingVm {
     fn chunks(&self) -> Arc<dyn ChunkSink> {
         self.landing.clone()
+    }
+
+    fn lacks(&self) -> Option<Arc<dyn Lacks>> {
+        None
     }
 
     async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError> {

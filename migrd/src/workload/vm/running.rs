@@ -18,8 +18,8 @@ use super::{LOG_STREAM, all_streams, chain, disks, failed, streams, told};
 use crate::pages::PageSet;
 use crate::units::PAGE_SIZE;
 use crate::workload::{
-    Ahead, Carry, ChunkSource, Needing, Needs, NoStreams, Problem, RunState, StreamHash, StreamKey,
-    StreamSpec, Terminal, Workload, WorkloadError,
+    Ahead, Carry, ChunkSource, Follows, Lacks, LeftMemory, Needing, Needs, NoStreams, Problem,
+    RunState, StreamHash, StreamKey, StreamSpec, Terminal, Workload, WorkloadError,
 };
 
 /// How long its devices may take to finish what they have begun, before a move
@@ -201,7 +201,7 @@ impl Workload for Vm {
     }
 
     async fn carry(&mut self, what: Carry) -> Result<(), WorkloadError> {
-        let Carry { disks, to_files: _, verify: _, chain: _, process: _ } = what;
+        let Carry { disks, to_files: _, verify: _, chain: _, process: _, follows: _ } = what;
         let alive = self.alive()?;
         let carried = if disks { Some(alive.disks.read(&alive.child).await?) } else { None };
         let streams = all_streams(alive.child.config(), disks);
@@ -241,6 +241,18 @@ impl Workload for Vm {
 
     fn ahead(&self) -> Ahead {
         Ahead::Pages
+    }
+
+    fn follows(&self) -> Follows {
+        Follows::Not("this version moves all memory of a virtual machine before it runs".into())
+    }
+
+    fn left_behind(&self) -> Option<Arc<dyn LeftMemory>> {
+        None
+    }
+
+    fn lacks(&self) -> Option<Arc<dyn Lacks>> {
+        None
     }
 
     async fn files_ahead(&mut self) -> Result<Option<PageSet>, WorkloadError> {

@@ -22,7 +22,7 @@ fn peer(number: u8) -> Counterpart {
 }
 
 fn seal(number: u8, epoch: u64) -> Sealed {
-    Sealed { from: peer(number), epoch: Epoch(epoch), paused: false }
+    Sealed { from: peer(number), epoch: Epoch(epoch), paused: false, follows: false }
 }
 
 fn identity() -> Identity {
@@ -38,7 +38,7 @@ fn identity() -> Identity {
 }
 
 fn record(epoch: u64, ownership: Ownership, sealed: Option<Sealed>) -> WorkloadRecord {
-    WorkloadRecord { identity: identity(), epoch: Epoch(epoch), ownership, sealed, paused: false }
+    WorkloadRecord { epoch: Epoch(epoch), ownership, sealed, ..WorkloadRecord::never(identity()) }
 }
 
 fn in_memory() -> Journal {
@@ -77,6 +77,7 @@ fn events() -> Vec<Event> {
         Event::Sealed(seal(2, 4)),
         Event::Activated(migration(2)),
         Event::Activated(migration(3)),
+        Event::Filled(migration(2)),
         Event::Discarded(migration(2)),
         Event::Discarded(migration(3)),
         Event::NeverRan(peer(1)),
@@ -161,6 +162,37 @@ fn a_pause_travels_with_the_seal() {
     for event in [Event::Activated(migration(2)), Event::ForcedHere] {
         assert!(sealed.after(&event).expect("allowed").paused, "{event:?}");
     }
+}
+
+#[test]
+fn what_has_memory_at_its_source_is_not_given_away_until_that_has_come() {
+    let follows = Sealed { follows: true, ..seal(2, 2) };
+    let sealed = WorkloadRecord::never(identity()).after(&Event::Sealed(follows));
+    let sealed = sealed.expect("allowed");
+    for event in [Event::Activated(migration(2)), Event::ForcedHere] {
+        let owned = sealed.after(&event).expect("allowed");
+        assert_eq!(owned.filling, Some(peer(2)), "{event:?}");
+        owned.after(&Event::Released(peer(3))).expect_err("its memory is not here");
+        owned.after(&Event::Filled(migration(3))).expect_err("another migration");
+        let whole = owned.after(&Event::Filled(migration(2))).expect("allowed");
+        assert_eq!((whole.filling.as_ref(), whole.epoch), (None, owned.epoch));
+        whole.after(&Event::Released(peer(3))).expect("allowed");
+        whole.after(&Event::Filled(migration(2))).expect_err("it is whole already");
+        let back = owned.after(&Event::NeverRan(peer(2))).expect("allowed");
+        let removed = owned.after(&Event::Removed(owned.epoch)).expect("allowed");
+        assert!(back.filling.is_none() && removed.filling.is_none());
+    }
+}
+
+#[test]
+fn a_record_of_an_earlier_version_lacks_nothing() {
+    let journal = in_memory();
+    let whole = journal.record(&identity(), &Event::Sealed(seal(1, 2))).expect("created");
+    let text = serde_json::to_string(&whole).expect("encodes");
+    let earlier = text.replace(r#","follows":false"#, "").replace(r#","filling":null"#, "");
+    assert!(earlier.len() + 30 < text.len(), "{text}");
+    put_raw(&journal, earlier.as_bytes());
+    assert_eq!(journal.get(identity().id).expect("a record"), Some(whole));
 }
 
 #[test]
@@ -287,7 +319,9 @@ fn any_event() -> impl Strategy<Value = Event> {
         (1_u8..4).prop_map(|n| Event::Released(peer(n))),
         id().prop_map(Event::Confirmed),
         id().prop_map(Event::TakenBack),
-        (1_u8..4, 0_u64..9).prop_map(|(n, e)| Event::Sealed(seal(n, e))),
+        (1_u8..4, 0_u64..9, any::<bool>())
+            .prop_map(|(n, e, follows)| Event::Sealed(Sealed { follows, ..seal(n, e) })),
+        id().prop_map(Event::Filled),
         id().prop_map(Event::Activated),
         id().prop_map(Event::Discarded),
         (1_u8..4).prop_map(|n| Event::NeverRan(peer(n))),
@@ -317,6 +351,7 @@ fn replay(journal: &Journal, history: &[Event]) -> WorkloadRecord {
                 assert!(copy.is_none() || !next.owned(), "{event:?}: owned and sealed");
                 let released = matches!(next.ownership, Ownership::Released(_));
                 assert!(copy.is_none() || !released, "{event:?}: released and sealed");
+                assert!(next.filling.is_none() || next.owned(), "{event:?}: fills and not owned");
                 if let Event::Discarded(id) | Event::NeverRan(Counterpart { migration: id, .. }) =
                     event
                 {

@@ -85,10 +85,12 @@ pub struct Host {
     pub copy: bool,
     pub giving: Option<(u8, Giving)>,
     pub taking: Option<(u8, u64, Taking)>,
+    /// Memory of what comes here stays at its source until it runs.
+    pub follows: bool,
 }
 
 impl Host {
-    pub fn new(first: bool) -> Self {
+    pub fn new(first: bool, follows: bool) -> Self {
         let never = WorkloadRecord::never(identity());
         let record = if first { never.after(&Event::Created).expect("new") } else { never };
         Self {
@@ -99,6 +101,19 @@ impl Host {
             copy: first,
             giving: None,
             taking: None,
+            follows,
+        }
+    }
+
+    /// Whose memory it still needs.
+    pub fn fills_from(&self) -> Option<u8> {
+        self.record.filling.as_ref().map(|from| number(from.migration))
+    }
+
+    /// The last of its memory has come.
+    pub fn fill(&mut self) {
+        if let Some(m) = self.fills_from() {
+            assert!(self.journal(&Event::Filled(id(m))), "{self:?}");
         }
     }
 
@@ -133,6 +148,7 @@ impl Host {
             && self.runs
             && self.giving.is_none()
             && self.taking.is_none()
+            && self.record.filling.is_none()
     }
 
     pub fn start(&mut self, migration: u8) -> Vec<Message> {
@@ -161,7 +177,8 @@ impl Host {
     pub fn seal(&mut self, migration: u8, good: bool) -> Vec<Message> {
         let Some((m, epoch, Taking::Receiving)) = self.taking else { return Vec::new() };
         let from = counterpart(m);
-        let event = Event::Sealed(Sealed { from, epoch: Epoch(epoch), paused: false });
+        let (epoch_of, follows) = (Epoch(epoch), self.follows);
+        let event = Event::Sealed(Sealed { from, epoch: epoch_of, paused: false, follows });
         if good && self.journal(&event) {
             self.taking = Some((m, epoch, Taking::Sealed));
             self.copy = true;
@@ -197,7 +214,9 @@ impl Host {
         self.taking = None;
         if good {
             self.runs = true;
-            return vec![Message::Running(m)];
+            // The other has to keep what this one lacks.
+            let whole = self.record.filling.is_none();
+            return whole.then_some(Message::Running(m)).into_iter().collect();
         }
         assert!(self.journal(&Event::NeverRan(counterpart(m))), "{self:?}");
         self.copy = false;
@@ -310,7 +329,8 @@ impl Host {
 
     fn offered(&mut self, m: u8, epoch: u64) -> Vec<Message> {
         let from = counterpart(m);
-        let event = Event::Sealed(Sealed { from, epoch: Epoch(epoch), paused: false });
+        let (epoch_of, follows) = (Epoch(epoch), self.follows);
+        let event = Event::Sealed(Sealed { from, epoch: epoch_of, paused: false, follows });
         let free = self.taking.is_none() && !self.promised.contains(&m);
         if !free || self.record.after(&event).is_err() {
             return Vec::new();

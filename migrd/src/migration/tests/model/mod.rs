@@ -29,6 +29,8 @@ pub enum Action {
     Begin(usize, bool),
     /// The destination has waited long enough: drops or asks.
     Tick(usize),
+    /// All memory that followed is there.
+    Fill(usize),
     /// A message arrives.
     Deliver(usize, Message),
     /// The daemon dies.
@@ -41,6 +43,8 @@ pub enum Action {
     Forget(usize),
 }
 
+const LIMITS: Limits = Limits { migrations: 0, crashes: 0, operator: false, follows: false };
+
 fn all_is_well(limits: Limits) -> usize {
     let found = explore(limits);
     assert!(found.releases > 0, "{found:?}");
@@ -51,18 +55,24 @@ fn all_is_well(limits: Limits) -> usize {
 
 #[test]
 fn one_migration_with_crashes_of_both_daemons_never_makes_two_or_none() {
-    let states = all_is_well(Limits { migrations: 1, crashes: 6, operator: false });
+    let states = all_is_well(Limits { migrations: 1, crashes: 6, ..LIMITS });
     assert!(states > 900, "only {states} states");
 }
 
 #[test]
 fn there_and_back_and_again_with_late_messages_never_makes_two_or_none() {
-    let states = all_is_well(Limits { migrations: 3, crashes: 2, operator: false });
+    let states = all_is_well(Limits { migrations: 3, crashes: 2, ..LIMITS });
     assert!(states > 6_000, "only {states} states");
 }
 
 #[test]
 fn an_operator_who_lets_go_of_what_the_peer_has_never_makes_two_or_none() {
-    let states = all_is_well(Limits { migrations: 2, crashes: 2, operator: true });
+    let states = all_is_well(Limits { migrations: 2, crashes: 2, operator: true, ..LIMITS });
+    assert!(states > 6_000, "only {states} states");
+}
+
+#[test]
+fn memory_that_follows_is_kept_at_the_source_until_it_has_all_come() {
+    let states = all_is_well(Limits { migrations: 2, crashes: 3, follows: true, ..LIMITS });
     assert!(states > 6_000, "only {states} states");
 }

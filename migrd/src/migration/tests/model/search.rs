@@ -15,6 +15,8 @@ pub struct Limits {
     /// An operator gives up what the peer holds, and forgets what is gone. That
     /// copy is then the only one, so nothing may befall it in the model.
     pub operator: bool,
+    /// Memory follows, in every migration.
+    pub follows: bool,
 }
 
 /// What was explored.
@@ -35,9 +37,9 @@ struct World {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(follows: bool) -> Self {
         Self {
-            hosts: [Host::new(true), Host::new(false)],
+            hosts: [Host::new(true, follows), Host::new(false, follows)],
             sent: BTreeSet::new(),
             started: 0,
             crashes: 0,
@@ -79,6 +81,9 @@ impl World {
                 }
                 Some(_) => all.push(Action::Tick(number)),
                 None => {}
+            }
+            if host.fills_from().is_some() && host.taking.is_none() {
+                all.push(Action::Fill(number));
             }
             if limits.operator {
                 self.operator(number, &mut all);
@@ -127,6 +132,10 @@ impl World {
             Action::Seal(number, ..) => (1 - number, Vec::new()),
             Action::Begin(number, good) => (1 - number, next.hosts[number].begin(good)),
             Action::Tick(number) => (1 - number, next.hosts[number].tick()),
+            Action::Fill(number) => {
+                next.hosts[number].fill();
+                (number, Vec::new())
+            }
             Action::Deliver(number, message) => (1 - number, next.hosts[number].receive(message)),
             Action::Crash(number) => {
                 next.crashes += 1;
@@ -173,6 +182,12 @@ impl World {
         if !self.hosts.iter().any(|h| h.copy) {
             return Some("no copy is left".into());
         }
+        for (host, other) in [(0, 1), (1, 0)].map(|(a, b)| (&self.hosts[a], &self.hosts[b])) {
+            let kept = other.released().map(|(m, _)| m).filter(|_| other.copy && !other.runs);
+            if host.fills_from().is_some_and(|m| kept != Some(m)) {
+                return Some("memory that was to follow is gone".into());
+            }
+        }
         let before = before?;
         for (old, new) in before.hosts.iter().zip(&self.hosts) {
             if new.record.epoch < old.record.epoch {
@@ -198,6 +213,9 @@ impl World {
                 let host = &mut world.hosts[number];
                 let mut said = host.abort();
                 said.extend(host.begin(true));
+                if host.taking.is_none() {
+                    host.fill();
+                }
                 said.extend(host.settle());
                 said.extend(host.tick());
                 talk.extend(said.into_iter().map(|m| (1 - number, m)));
@@ -232,7 +250,7 @@ fn fingerprint(world: &World) -> u64 {
 /// # Panics
 /// With the shortest trace to a state in which something is wrong.
 pub fn explore(limits: Limits) -> Found {
-    let first = World::new();
+    let first = World::new(limits.follows);
     let mut found = Found::default();
     let mut seen = HashSet::from([fingerprint(&first)]);
     // How each state was reached: from which, by what.

@@ -3,9 +3,10 @@
 use super::{PAGES, World, lock};
 use crate::migration::destination::{Arrivals, Claim, Host, Patience, Remembered};
 use crate::migration::journal::{Journal, WorkloadRecord};
-use crate::migration::link::{Blocker, Intake, LaneGate, Peer, Standing};
+use crate::migration::link::{Blocker, Intake, LaneGate, Peer, Pull, Pulled, Standing};
 use crate::migration::recovery::{Duty, duty, standing_at_source};
 use crate::migration::source::released::{Released, Settled};
+use crate::migration::source::serving::{Serving, not_served};
 use crate::units::{Epoch, HostId, MigrationId, WorkloadId};
 use crate::workload::fake::{FakeArriving, FakeWorkload, Guest};
 use crate::workload::{
@@ -35,6 +36,7 @@ pub struct TestHost {
 }
 
 pub(super) struct Daemon {
+    pub(super) serving: Serving,
     pub(super) arrivals: Arrivals,
     pub(super) under_way: Mutex<Vec<MigrationId>>,
     pub(super) tasks: Mutex<Vec<JoinHandle<()>>>,
@@ -73,6 +75,7 @@ impl TestHost {
             Patience { idle: Duration::from_millis(400), ask: Duration::from_millis(20) };
         let arrivals = Arrivals::new(host, self.journal.clone(), Arc::new(Gate), patience);
         let daemon = Daemon {
+            serving: Serving::default(),
             arrivals: arrivals.clone(),
             under_way: Mutex::default(),
             tasks: Mutex::default(),
@@ -97,7 +100,9 @@ impl TestHost {
         let id = record.identity.id;
         let guest = lock(&self.guests).get(&id).cloned();
         match duty(&record) {
-            Duty::Run { paused } => {
+            Duty::Run { paused, filling: _ } => {
+                let lacks = guest.clone().and_then(|guest| FakeWorkload(guest).lacks());
+                arrivals.fill(&record, lacks);
                 if let Some(guest) = guest.filter(|_| !paused) {
                     guest.run();
                 }
@@ -110,6 +115,7 @@ impl TestHost {
                     self.world().link(&self.address, &to.address),
                     self.journal.clone(),
                     workload,
+                    &self.with_daemon(|d| d.serving.clone()).expect("a daemon"),
                 ));
             }
             Duty::Await(_) => {
@@ -133,6 +139,15 @@ impl TestHost {
             }
         });
         self.with_daemon(|d| lock(&d.tasks).push(task));
+    }
+
+    pub(super) async fn pulled(&self, pull: &Pull, asker: HostId) -> Pulled {
+        let Pull { migration, workload, epoch, piece, host: _ } = *pull;
+        let serving = self.with_daemon(|d| d.serving.clone()).expect("a daemon");
+        match serving.read(migration, asker, piece).await {
+            Some(pulled) => pulled,
+            None => not_served(self.standing(migration, workload, epoch)),
+        }
     }
 
     pub(super) fn standing(

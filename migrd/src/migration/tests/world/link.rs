@@ -5,8 +5,8 @@ use super::{World, lock};
 use crate::migration::destination::Arrivals;
 use crate::migration::journal::Counterpart;
 use crate::migration::link::{
-    Blocker, LaneTotals, LinkError, Offer, PageLanes, Peer, PeerFacts, SealOrder, SealReport,
-    Standing,
+    Activated, Blocker, LaneTotals, LinkError, Offer, PageLanes, Peer, PeerFacts, Pull, Pulled,
+    SealOrder, SealReport, Standing,
 };
 use crate::units::{Epoch, HostId, MigrationId, PageRun, WorkloadId};
 use crate::workload::fake::STREAM;
@@ -14,7 +14,6 @@ use crate::workload::{ChunkSink, ChunkSource, StreamKey, StreamSpec};
 use async_trait::async_trait;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 /// A call over the link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -28,6 +27,7 @@ pub enum Call {
     Activate,
     Abandon,
     Resolve,
+    Pull,
 }
 
 /// What goes wrong at a call.
@@ -233,7 +233,7 @@ impl Peer for Link {
         host: HostId,
         migration: MigrationId,
         epoch: Epoch,
-    ) -> Result<Duration, LinkError> {
+    ) -> Result<Activated, LinkError> {
         self.is(host)?;
         let work =
             async { self.taker()?.activate(migration, epoch).await.map_err(|e| self.rejected(e)) };
@@ -266,5 +266,13 @@ impl Peer for Link {
             }
         };
         self.carry(Call::Resolve, work).await
+    }
+
+    async fn pull(&self, pull: &Pull) -> Result<Pulled, LinkError> {
+        let work = async {
+            self.is(pull.host)?;
+            Ok(self.to.pulled(pull, self.from.id).await)
+        };
+        self.carry(Call::Pull, work).await
     }
 }

@@ -168,7 +168,10 @@ impl World {
                 epoch: record.epoch,
                 paused: record.paused,
                 request,
-                mode: choose(request.mode, &FakeWorkload(guest.clone()).ahead()).expect("a mode"),
+                mode: {
+                    let fake = FakeWorkload(guest.clone());
+                    choose(request.mode, &fake.ahead(), &fake.follows()).expect("a mode")
+                },
                 here: task_host.address.clone(),
                 peer: world.link(&task_host.address, &to),
                 peer_host: world.host(&to).id,
@@ -177,6 +180,7 @@ impl World {
                 shutdown: CancellationToken::new(),
                 progress: watch::Sender::new(Progress::default()),
                 fixed_cost: FixedCost::default(),
+                serving: task_host.with_daemon(|d| d.serving.clone()).expect("a daemon"),
                 lanes: 2,
             };
             let end = source::run(context, Box::new(FakeWorkload(guest))).await;
@@ -184,7 +188,7 @@ impl World {
             let found = match end {
                 End::Moved(report) | End::Kept(_, report) => report,
                 End::InDoubt(released, report) => {
-                    task_host.settle_later(released);
+                    task_host.settle_later(*released);
                     report
                 }
             };
@@ -211,10 +215,11 @@ impl World {
                 .flat_map(|h| h.journal.all().expect("journal"))
                 .filter(WorkloadRecord::owned)
                 .count();
-            let unsettled = lock(&self.hosts)
-                .iter()
-                .flat_map(|h| h.journal.all().expect("journal"))
-                .any(|r| matches!(duty(&r), Duty::Settle(_) | Duty::Await(_)));
+            let unsettled =
+                lock(&self.hosts).iter().flat_map(|h| h.journal.all().expect("journal")).any(|r| {
+                    let settles = matches!(duty(&r), Duty::Settle(_) | Duty::Await(_));
+                    settles || r.filling.is_some()
+                });
             if now == 1 && owners == 1 && !unsettled {
                 return;
             }
@@ -232,8 +237,10 @@ impl World {
 pub fn request(mode: Mode) -> Request {
     let max_downtime = Some(Duration::from_millis(50));
     let process = ProcessOptions::default();
+    // What comes later can't be compared before it runs.
+    let verify = mode != Mode::Postcopy;
     let mode = Some(mode);
-    Request { mode, max_downtime, timeout: None, verify: true, copy_disks: false, process }
+    Request { mode, max_downtime, timeout: None, verify, copy_disks: false, process }
 }
 
 impl World {
@@ -275,6 +282,7 @@ impl World {
             paused: false,
             created_unix_ms: identity.created_unix_ms,
             needs: Vec::new(),
+            follows: false,
         };
         let offer = Offer { migration, epoch: Epoch(epoch), manifest, lanes: 2, dry_run: true };
         let from = Counterpart { migration, address: "a".into(), host: self.host("a").id };

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -10,22 +11,37 @@ use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
+use crate::pages::PageBitmap;
+use crate::units::{PAGE_SIZE, PageIndex, PageRun};
+
 /// A process that stands still.
 #[derive(Debug)]
 pub struct Process {
     pid: Pid,
+    /// Its number in the namespace of its tree.
+    number: u32,
     /// Its memory: this one, also when another process has its number later.
     memory: File,
 }
 
 impl Process {
-    /// The process that has `pid` now.
+    /// The process that has `pid` now; its tree calls it `number`.
     ///
     /// # Errors
     /// When it is gone, or its memory may not be read.
-    pub fn open(pid: u32) -> io::Result<Self> {
+    pub fn open(pid: u32, number: u32) -> io::Result<Self> {
         let memory = File::open(format!("/proc/{pid}/mem"))?;
-        Ok(Self { pid: Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?), memory })
+        let pid = Pid::from_raw(i32::try_from(pid).map_err(io::Error::other)?);
+        Ok(Self { pid, number, memory })
+    }
+
+    /// The same as [`Self::read`], also when it has stood still for so long that its number
+    /// may be another's.
+    ///
+    /// # Errors
+    /// When it is gone, or has nothing there.
+    pub fn read_late(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
+        self.memory.read_exact_at(into, address)
     }
 
     /// Fills `into` with what it has at `address`.
@@ -77,6 +93,44 @@ impl Frozen {
             }
             _ => pieces.push(Piece { offset, length, process: Arc::clone(process), address }),
         }
+    }
+
+    /// The pages of the image that are in processes.
+    pub fn pages(&self, of: u64) -> PageBitmap {
+        let pieces = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let mut pages = PageBitmap::none(of);
+        for piece in pieces.iter() {
+            let first = PageIndex(piece.offset / PAGE_SIZE);
+            pages.insert(PageRun { first, count: piece.length / PAGE_SIZE });
+        }
+        pages
+    }
+
+    /// How much of it is in processes, in bytes.
+    pub fn bytes(&self) -> u64 {
+        let pieces = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        pieces.iter().map(|piece| piece.length).sum()
+    }
+
+    /// Where they are: the number of a process, and the addresses from the first to the
+    /// last of those that follow each other in the image.
+    pub fn places(&self) -> Vec<(u32, Range<u64>)> {
+        let pieces = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let mut places: Vec<(u32, Range<u64>)> = Vec::new();
+        let mut next = 0;
+        for Piece { offset, length, process, address } in pieces.iter() {
+            let end = address + length;
+            match places.last_mut() {
+                Some((number, range))
+                    if *offset == next && *number == process.number && range.end <= *address =>
+                {
+                    range.end = end;
+                }
+                _ => places.push((process.number, *address..end)),
+            }
+            next = offset + length;
+        }
+        places
     }
 
     /// Whether anything from `offset` on, of `length` bytes, is in a process.
@@ -134,7 +188,7 @@ mod tests {
 
     /// Reads this test's own memory.
     fn this() -> Arc<Process> {
-        Arc::new(Process::open(std::process::id()).unwrap())
+        Arc::new(Process::open(std::process::id(), 1).unwrap())
     }
 
     #[test]
@@ -168,6 +222,24 @@ mod tests {
         let has = |offset, length| frozen.has(offset, length);
         assert!(!has(0, 10) && has(0, 11) && has(109, 1) && !has(110, 10) && has(115, 6));
         assert!(!has(170, 1000));
+    }
+
+    #[test]
+    fn what_follows_on_in_the_image_is_one_place_whatever_is_between() {
+        let (one, other) = (this(), Arc::new(Process::open(std::process::id(), 2).unwrap()));
+        let frozen = Frozen::default();
+        frozen.add(0, 8192, &one, 0x1000);
+        frozen.add(8192, 4096, &one, 0x9000);
+        // Between these is a page of the image that is in no process.
+        frozen.add(16384, 4096, &one, 0xc000);
+        frozen.add(20480, 4096, &other, 0xe000);
+        assert_eq!(
+            frozen.places(),
+            [(1, 0x1000..0xa000), (1, 0xc000..0xd000), (2, 0xe000..0xf000)]
+        );
+        let pages = frozen.pages(8);
+        let there: Vec<u64> = (0..8).filter(|page| pages.contains(PageIndex(*page))).collect();
+        assert_eq!(there, [0, 1, 2, 4, 5]);
     }
 
     #[test]

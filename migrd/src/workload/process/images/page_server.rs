@@ -21,78 +21,19 @@ use prost::Message;
 
 use super::frozen::{Frozen, Process};
 use super::{Images, ImagesError, system};
+use crate::keeper::criu::pages::{
+    ADD, CLOSE, COMMAND_BYTES, Command, Entry, FORCE_CLOSE, HOLE, Head, LAZY, MAGIC, OPEN, PARENT,
+    PRESENT,
+};
 use crate::units::PAGE_SIZE;
 
-// Commands (`PS_IOV_*`).
-const HOLE: u32 = 2;
-const OPEN: u32 = 4;
-const PARENT: u32 = 5;
-const ADD: u32 = 6;
-const CLOSE: u32 = 0x1023;
-const FORCE_CLOSE: u32 = 0x1024;
-// Flags of an entry (`PE_*`).
-const LAZY: u32 = 2;
-const PRESENT: u32 = 4;
 // What `dst_id` is of (`PS_TYPE_*`).
 const OF_PROCESS: u64 = 1;
 const OF_SHARED: u64 = 2;
-/// How an image of entries begins: `IMG_COMMON_MAGIC`, `PAGEMAP_MAGIC`.
-const MAGIC: [u32; 2] = [0x5456_4319, 0x5608_4025];
-/// The length of a command.
-const COMMAND_BYTES: usize = 32;
 /// How much is dropped at once, in bytes.
 const DROP: usize = 1 << 20;
 /// How much is copied at once, in bytes.
 const COPY: usize = 256 << 10;
-
-/// `pagemap_head`.
-#[derive(Clone, PartialEq, Eq, Message)]
-struct Head {
-    #[prost(uint32, required, tag = "1")]
-    pages_id: u32,
-}
-
-/// `pagemap_entry`.
-#[derive(Clone, PartialEq, Eq, Message)]
-struct Entry {
-    #[prost(uint64, required, tag = "1")]
-    vaddr: u64,
-    #[prost(uint32, required, tag = "2")]
-    compat_nr_pages: u32,
-    #[prost(uint32, optional, tag = "4")]
-    flags: Option<u32>,
-    #[prost(uint64, optional, tag = "5")]
-    nr_pages: Option<u64>,
-}
-
-/// `page_server_iov`: a command, with its flags above.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Command {
-    command: u32,
-    flags: u32,
-    pages: u64,
-    address: u64,
-    of: u64,
-}
-
-impl Command {
-    fn decode(bytes: &[u8; COMMAND_BYTES]) -> Self {
-        let word = |at: usize| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&bytes[at..at + 8]);
-            u64::from_ne_bytes(word)
-        };
-        // The upper half of the first is padding.
-        let first = u32::try_from(word(0) & u64::from(u32::MAX)).unwrap_or(0);
-        Self {
-            command: first & 0xffff,
-            flags: first >> 16,
-            pages: word(8),
-            address: word(16),
-            of: word(24),
-        }
-    }
-}
 
 /// An image that is being written.
 struct Opened {
@@ -171,7 +112,7 @@ impl<'a, F: Fn(u32) -> io::Result<u32>> PageServer<'a, F> {
             OF_PROCESS => {
                 let process = u32::try_from(number).map_err(|_| odd())?;
                 let found = (self.process)(process).map_err(system("find a process"))?;
-                (format!("pagemap-{number}.img"), Some(found))
+                (format!("pagemap-{number}.img"), Some((found, process)))
             }
             OF_SHARED => (format!("pagemap-shmem-{number}.img"), None),
             _ => return Err(odd()),
@@ -185,10 +126,10 @@ impl<'a, F: Fn(u32) -> io::Result<u32>> PageServer<'a, F> {
         };
         let (entries, pages) = (made(&name)?, made(&pages_name)?);
         let executable = match process {
-            Some(pid) => executable(pid).map_err(system("read the mappings of a process"))?,
+            Some((pid, _)) => executable(pid).map_err(system("read the mappings of a process"))?,
             None => Vec::new(),
         };
-        let process = process.map(Process::open).transpose();
+        let process = process.map(|(pid, number)| Process::open(pid, number)).transpose();
         let process = process.map_err(system("read the memory of a process"))?.map(Arc::new);
         let frozen = self.images.keep_frozen(&pages_name);
         let mut entries = BufWriter::new(entries);

@@ -1,15 +1,18 @@
 //! Images as a source: they are read while CRIU writes them, and what was left in
 //! processes is read there.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, PoisonError};
 
+use migr_proto::v1 as proto;
 use nix::fcntl::OFlag;
 
 use super::frozen::Frozen;
 use super::{ALL_WHOLE_BYTES, FIRST_STREAM, Image, Images, ImagesError, system};
+use crate::pages::PageBitmap;
 use crate::sys::memfd;
 use crate::units::PAGE_SIZE;
 use crate::workload::{ChunkSource, OutOfStream, StreamKey};
@@ -90,6 +93,37 @@ impl Images {
     pub(super) fn keep_frozen(&self, name: &str) -> Arc<Frozen> {
         let mut frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(frozen.entry(name.to_owned()).or_default())
+    }
+
+    /// Those of `parts` that are not in processes.
+    #[must_use]
+    pub fn without_frozen(
+        &self,
+        parts: Vec<(StreamKey, PageBitmap)>,
+    ) -> Vec<(StreamKey, PageBitmap)> {
+        let without = |(key, mut pages): (StreamKey, PageBitmap)| {
+            if let Some(frozen) = self.source(key).and_then(|opened| opened.frozen.clone()) {
+                pages.subtract(&frozen.pages(pages.pages()));
+            }
+            (key, pages)
+        };
+        parts.into_iter().map(without).filter(|(_, pages)| !pages.is_empty()).collect()
+    }
+
+    /// What of the streams of these numbers is in processes: where, and how many bytes.
+    #[must_use]
+    pub fn stays(&self, streams: &BTreeMap<(u32, String), u32>) -> (Vec<proto::ProcessStay>, u64) {
+        let frozen = self.frozen.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = frozen.iter().filter(|(name, _)| streams.contains_key(&(0, (*name).clone())));
+        let sent: Vec<_> = sent.map(|(_, frozen)| frozen).collect();
+        let bytes = sent.iter().map(|frozen| frozen.bytes()).sum();
+        let places = sent.iter().flat_map(|frozen| frozen.places());
+        let stay = |(process, range): (u32, std::ops::Range<u64>)| proto::ProcessStay {
+            process,
+            address: range.start,
+            length: range.end - range.start,
+        };
+        (places.map(stay).collect(), bytes)
     }
 
     pub(super) fn source(&self, key: StreamKey) -> Option<Arc<Opened>> {
