@@ -19,6 +19,7 @@ use integration::wait;
 use serde_json::Value;
 
 const KINDS: &str = include_str!("../src/process/kinds.py");
+const FREES: &str = include_str!("../src/process/frees.py");
 const NAME: &str = "kinds";
 const MODE: [&str; 2] = ["--mode", "postcopy"];
 /// So much memory (MiB) that most of it is not there when the tree runs.
@@ -149,12 +150,17 @@ struct Unfilled {
 }
 
 fn unfilled() -> Result<Unfilled> {
+    unfilled_of(|host| run(host, MUCH, 0))
+}
+
+/// The same of what `run` starts.
+fn unfilled_of(run: impl Fn(&Daemon) -> Result<()>) -> Result<Unfilled> {
     let mut pair = HostPair::without_kvm()?;
     let file = pair.a.wait_at("source-pull")?;
     pair.a.start()?;
     pair.b.start()?;
     can_move(&pair.a)?;
-    run(&pair.a, MUCH, 0)?;
+    run(&pair.a)?;
     let moving = start(&pair.a, &pair.b)?;
     wait_for_state(&pair.b, NAME, "running")?;
     Ok(Unfilled { pair, moving, file })
@@ -181,6 +187,21 @@ fn filled(pair: &HostPair) -> Result<()> {
 
 fn give(file: &Path) -> Result<()> {
     Ok(fs::remove_file(file)?)
+}
+
+#[test]
+fn memory_that_stayed_behind_of_a_tree_that_unmaps_moves_and_forks_arrives_as_it_was() -> Result<()>
+{
+    let Unfilled { pair, moving, file } = unfilled_of(|host| {
+        exec(host, NAME, &[], &[PYTHON, "-c", FREES, "150"])?.ok()?;
+        wait_for_line(host, NAME, "ready")
+    })?;
+    type_line(&pair.b, NAME, "change")?;
+    give(&file)?;
+    type_line(&pair.b, NAME, "question")?;
+    wait_for_line(&pair.b, NAME, "question right")?;
+    moving.wait()?.ok()?;
+    pair.finish(NAME)
 }
 
 #[test]

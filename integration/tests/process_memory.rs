@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const KINDS: &str = include_str!("../src/process/kinds.py");
+const FREES: &str = include_str!("../src/process/frees.py");
 const NAME: &str = "kinds";
 /// So much memory (MiB) that it is not all there at once.
 const MUCH: u32 = 400;
@@ -97,6 +98,24 @@ fn a_tree_moves_on_only_when_all_its_memory_is_there() -> Result<()> {
     type_line(&pair.a, NAME, "question")?;
     wait_for_line(&pair.a, NAME, "question right")?;
     leaks::expect_nothing_left(&pair.b)?;
+    pair.finish(NAME)
+}
+
+/// Runs one that gives memory back, moves some and forks as soon as it is told.
+fn run_one_that_changes(pair: &HostPair) -> Result<()> {
+    exec(&pair.a, NAME, &[], &[PYTHON, "-c", FREES, "300"])?.ok()?;
+    wait_for_line(&pair.a, NAME, "ready")
+}
+
+#[test]
+fn memory_that_follows_a_tree_that_unmaps_moves_and_forks_arrives_as_it_was() -> Result<()> {
+    let pair = hosts()?;
+    run_one_that_changes(&pair)?;
+    let pager = moved_without_its_memory(&pair)?;
+    type_line(&pair.b, NAME, "change")?;
+    tell(pager, Signal::SIGCONT)?;
+    type_line(&pair.b, NAME, "question")?;
+    wait_for_line(&pair.b, NAME, "question right")?;
     pair.finish(NAME)
 }
 

@@ -20,6 +20,7 @@ use crate::workload::{Arriving, Carry, Chain, Manifest, ProcessOptions, Workload
 mod chunks;
 mod directory;
 mod error;
+mod hashed;
 mod pages;
 mod plan;
 mod tree;

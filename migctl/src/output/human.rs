@@ -159,7 +159,7 @@ pub fn migration(result: &Migration) -> String {
             format!("{} stays at its source; cancelled on the way to", result.workload)
         }
         Outcome::Failed if !result.blockers.is_empty() => {
-            format!("{} stays at its source; it cannot move to", result.workload)
+            format!("{} was not moved to", result.workload)
         }
         Outcome::Failed => format!("{} stays at its source; it did not move to", result.workload),
         Outcome::InDoubt => {

@@ -1,10 +1,12 @@
 //! A container that a user wants to run, checked for its form.
 
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use migr_proto::v1 as proto;
+use nix::fcntl::OFlag;
 use prost::Message;
 use tonic::Status;
 
@@ -71,8 +73,14 @@ pub(super) fn read(
 
 fn read_limited(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
+    // A pipe might never be opened, or read to its end.
+    let mut options = OpenOptions::new();
+    let file = options.read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(std::io::Error::other("it is no plain file"));
+    }
     // One byte more, to see that it is too long.
-    File::open(path)?.take(MAX_SPEC as u64 + 1).read_to_end(&mut bytes)?;
+    file.take(MAX_SPEC as u64 + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
@@ -93,6 +101,10 @@ mod tests {
         let missing = said(&request);
         assert!(missing.contains("config.json can't be read"), "{missing}");
         let file = directory.path().join("config.json");
+        nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let pipe = said(&request);
+        assert!(pipe.contains("no plain file"), "{pipe}");
+        std::fs::remove_file(&file).unwrap();
         std::fs::write(&file, "{}").unwrap();
         let lacks = said(&request);
         assert!(lacks.contains("ociVersion"), "{lacks}");

@@ -1,10 +1,12 @@
 //! The file of chunks of a snapshot, written part by part.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::BufWriter;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::hashed::Hashed;
 use super::{CheckpointError, blocking, io_error};
 use crate::pages::PageSet;
 use crate::wire::file::FileSender;
@@ -13,7 +15,7 @@ use crate::workload::ChunkSource;
 /// The file of chunks, while it is written.
 pub(super) struct Chunks {
     path: PathBuf,
-    out: FileSender<BufWriter<File>>,
+    out: FileSender<Hashed<BufWriter<File>>>,
 }
 
 impl Chunks {
@@ -22,8 +24,11 @@ impl Chunks {
         chunks: Arc<dyn ChunkSource>,
     ) -> Result<Self, CheckpointError> {
         blocking(move || {
-            let file = File::create_new(&path).map_err(io_error("write", &path))?;
-            Ok(Self { path, out: FileSender::new(BufWriter::new(file), chunks) })
+            // Memory of a workload is nobody else's to read.
+            let mut options = OpenOptions::new();
+            let made = options.write(true).create_new(true).mode(0o600).open(&path);
+            let out = Hashed::new(BufWriter::new(made.map_err(io_error("write", &path))?));
+            Ok(Self { path, out: FileSender::new(out, chunks) })
         })
         .await
     }
@@ -41,12 +46,13 @@ impl Chunks {
         .await
     }
 
-    /// Makes it durable; how many batches and bytes are in it.
-    pub(super) fn finish(self) -> Result<(u64, u64), CheckpointError> {
+    /// Makes it durable; how many batches and bytes are in it, and its hash.
+    pub(super) fn finish(self) -> Result<(u64, u64, String), CheckpointError> {
         let Self { path, out } = self;
         let (batches, bytes, file) = out.finish().map_err(io_error("write", &path))?;
+        let (file, hash) = file.finish();
         let file = file.into_inner().map_err(|e| io_error("write", &path)(e.into_error()))?;
         file.sync_all().map_err(io_error("write", &path))?;
-        Ok((batches, bytes))
+        Ok((batches, bytes, hash))
     }
 }

@@ -7,8 +7,9 @@
 //! | `state.bin` | what `Workload::save` gave |
 //! | `chunks.bin` | batches, framed as on a lane (`docs/protocol.md`) |
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::chunks::Chunks;
+use super::hashed::Hashed;
 use super::{
     CHUNKS, CheckpointError, How, MANIFEST, STATE, Written, arrive, blocking, carry, damaged,
     io_error, open_plain, read_small, seal, sync_names, unfit,
@@ -43,6 +45,9 @@ pub(super) struct OnDisk {
     state_bytes: u64,
     state_crc32: u32,
     batches: u64,
+    /// BLAKE3 of `chunks.bin`; none in the manifests of older versions of migr.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    chunks_blake3: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -116,7 +121,7 @@ async fn write_frozen(
     let state = workload.save().await?;
     let (place, status) = (directory.to_owned(), status.clone());
     blocking(move || {
-        let (batches, chunk_bytes) = out.finish()?;
+        let (batches, chunk_bytes, hash) = out.finish()?;
         write_whole(&place.join(STATE), &state)?;
         let identity = &status.identity;
         let on_disk = OnDisk {
@@ -130,6 +135,7 @@ async fn write_frozen(
             state_bytes: state.len() as u64,
             state_crc32: crc32fast::hash(&state),
             batches,
+            chunks_blake3: Some(hash),
         };
         let manifest = seal(&on_disk).map_err(|e| damaged(&place, e))?;
         write_whole(&place.join(MANIFEST), &manifest)?;
@@ -149,7 +155,8 @@ fn to_disk(spec: &StreamSpec) -> OnDiskStream {
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
     let part = path.with_extension("part");
     let write = || {
-        let mut file = File::create(&part)?;
+        let mut options = fs::OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&part)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&part, path)
@@ -171,7 +178,7 @@ pub(super) async fn restore(
     on_disk: OnDisk,
     state: Vec<u8>,
 ) -> Result<Status, CheckpointError> {
-    let batches = on_disk.batches;
+    let expected = Expected { batches: on_disk.batches, hash: on_disk.chunks_blake3.clone() };
     let manifest = manifest(on_disk, name);
     let engine = registry.engine(manifest.kind).ok_or(RegistryError::NoEngine(manifest.kind))?;
     if let Some(error) = unfit(engine.check(&manifest).await) {
@@ -182,7 +189,8 @@ pub(super) async fn restore(
     let sink = arriving.chunks();
     let (path, streams) = (directory.join(CHUNKS), manifest.streams.clone());
     let filled = async {
-        let read = tokio::task::spawn_blocking(move || load(&path, &streams, sink, batches)).await;
+        let read =
+            tokio::task::spawn_blocking(move || load(&path, &streams, sink, &expected)).await;
         read.unwrap_or_else(|e| Err(damaged(directory, format!("reading it failed: {e}"))))?;
         Ok(state)
     };
@@ -213,20 +221,31 @@ fn manifest(on_disk: OnDisk, name: Option<String>) -> Manifest {
     }
 }
 
+/// What `chunks.bin` is to be.
+struct Expected {
+    batches: u64,
+    hash: Option<String>,
+}
+
 fn load(
     path: &Path,
     streams: &[StreamSpec],
     sink: Arc<dyn ChunkSink>,
-    batches: u64,
+    expected: &Expected,
 ) -> Result<(), CheckpointError> {
     let directory = path.parent().unwrap_or(path);
-    let file = open_plain(path)?;
-    let applied = FileLane::new(streams, sink).read(file).map_err(|e| match e {
+    let mut file = Hashed::new(open_plain(path)?);
+    let applied = FileLane::new(streams, sink).read(&mut file).map_err(|e| match e {
         FileError::Io(e) => io_error("read", path)(e),
         FileError::Batch(e) => damaged(directory, e),
     })?;
-    if applied != batches {
-        return Err(damaged(directory, format!("{applied} of {batches} batches are there")));
+    if applied != expected.batches {
+        let why = format!("{applied} of {} batches are there", expected.batches);
+        return Err(damaged(directory, why));
+    }
+    let (_, hash) = file.finish();
+    if expected.hash.as_ref().is_some_and(|expected| *expected != hash) {
+        return Err(damaged(directory, "its chunks.bin is not the one that was written with it"));
     }
     Ok(())
 }

@@ -77,6 +77,8 @@ pub enum News {
     Filling,
     /// It runs, or is gone, as the word was.
     RestoreOver(Result<(), Failure>),
+    /// Memory of it will never be there, for which it is killed now.
+    Losing,
     /// All its memory is there; or will never be, and it was killed.
     Filled(Result<(), Failure>),
 }
@@ -460,6 +462,8 @@ pub(super) fn conclude(
             tell(News::RestoreOver(Ok(())));
             if let Some(lazy_pages) = follows {
                 tell(News::Filled(lazy_pages.finish(|| {
+                    // Before its end is heard of, which is to have a reason.
+                    tell(News::Losing);
                     if let Err(error) = Cgroup::at(&work.cgroup).kill() {
                         eprintln!("processes that lack memory stay behind: {error}");
                     }

@@ -249,11 +249,11 @@ fn pager(
     let mut command = Command::new(&work.criu);
     command.args(["--no-default-config", "lazy-pages", "-v2", "--log-file", LOG]);
     command.args(["--images-dir", &path(IMAGES), "--work-dir", &path(WORK)]);
-    match pages {
-        Some(_) => command.args(["--page-server", "--ps-socket", &PAGES.to_string()]),
-        // What was put in place is not kept twice.
-        None => command.arg("--auto-dedup"),
-    };
+    // Not with --auto-dedup, which frees what was read from the images: it reads a page
+    // again when the tree has changed its mappings meanwhile, or has forked.
+    if pages.is_some() {
+        command.args(["--page-server", "--ps-socket", &PAGES.to_string()]);
+    }
     command.args(["--status-fd", &READY.to_string()]);
     command.env_clear().stdin(Stdio::null()).stdout(Stdio::null());
     let mut fds = vec![

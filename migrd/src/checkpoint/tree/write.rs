@@ -122,7 +122,7 @@ async fn save(
     }
     let state = workload.save().await?;
     blocking(move || {
-        let (batches, _) = out.finish()?;
+        let (batches, ..) = out.finish()?;
         let content = Content { state, needs, batches };
         if ends { complete(&draft, content).map(Done::Sealed) } else { Ok(Done::Saved(content)) }
     })

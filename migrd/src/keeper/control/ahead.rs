@@ -83,14 +83,18 @@ impl Control {
         self.serve_later(later);
     }
 
+    /// What brings its memory has failed.
+    pub(super) fn losing(&mut self) {
+        // Of a tree that has ended by itself nobody needs it any more.
+        if !matches!(self.phase, Phase::Ended(_)) {
+            self.lacking.pager_failed();
+        }
+    }
+
     /// All memory is there, or the tree has been killed.
     pub(super) fn filled(&mut self, result: Result<(), Failure>) {
-        // Of a tree that has ended by itself nobody needs it any more.
-        if let Err(failure) = result
-            && !matches!(self.phase, Phase::Ended(_))
-        {
+        if let Err(failure) = result {
             eprintln!("{failure}");
-            self.lacking.pager_failed();
         }
         self.nothing_follows();
         let Ahead { later, .. } = std::mem::take(&mut self.ahead);

@@ -337,6 +337,7 @@ impl Control {
             News::RestoreFailed(failure) => self.restore_failed(&failure),
             News::Filling => self.ahead.fill(),
             News::RestoreOver(result) => self.restore_over(result),
+            News::Losing => self.losing(),
             News::Filled(result) => self.filled(result),
         }
     }

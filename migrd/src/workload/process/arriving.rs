@@ -19,6 +19,7 @@ use super::rootfs::{self, ROOTFS_STREAM};
 use super::running::Tree;
 use super::streams::TreeStreams;
 use super::{LOG_STREAM, failed, log_spec, told, versions};
+use crate::host_memory::HostMemory;
 use crate::serial_log::LogStream;
 use crate::units::WorkloadId;
 use crate::workload::{
@@ -89,15 +90,16 @@ fn limit(images: &[proto::ProcessImage]) -> Duration {
 /// Whether a tree of such images had better run before all its memory is in place.
 /// What CRIU starts for that takes about as long as to put 32 MiB in place. Processes
 /// that have memory in common, as after a fork(2), would each get their own: so only
-/// where nearly all of it is one process'. Not of images that build on others.
-fn memory_follows(images: &[proto::ProcessImage]) -> bool {
+/// where nearly all of it is one process'. Not of images that build on others. It is there
+/// twice until all is in place, so only where that much is `free` (bytes).
+fn memory_follows(images: &[proto::ProcessImage], free: u64) -> bool {
     let memory = images.iter().filter(|image| image.name.starts_with(APPENDED));
     let mut lengths: Vec<u64> = memory.map(|image| image.length).collect();
     lengths.sort_unstable();
     let most = lengths.pop().unwrap_or(0);
     let others = lengths.into_iter().fold(0, u64::saturating_add);
     let in_rounds = images.iter().any(|image| image.round > 0);
-    !in_rounds && most >= FOLLOWS_FROM && others <= most / 16
+    !in_rounds && most >= FOLLOWS_FROM && others <= most / 16 && most <= free / 8 * 7
 }
 
 /// What an arriving tree is made of.
@@ -198,7 +200,9 @@ impl Arriving for ArrivingTree {
             ));
         }
         let options = state.options;
-        let lazy = self.lazy && (memory_follows(&state.images) || !state.stays.is_empty());
+        let (_, free) = HostMemory::of_this_host().read();
+        let follows = memory_follows(&state.images, free) || !state.stays.is_empty();
+        let lazy = self.lazy && follows;
         let proto::ProcessState { images, .. } = state;
         let limit = limit(&images);
         let restore = proto::KeeperRestore {
@@ -298,9 +302,11 @@ mod tests {
             (Vec::new(), false),
         ];
         for (images, follows) in table {
-            assert_eq!(memory_follows(&images), follows, "{images:?}");
+            assert_eq!(memory_follows(&images, 1 << 30), follows, "{images:?}");
         }
         let huge = |name| image(0, name, u64::MAX >> 20);
-        assert!(!memory_follows(&[huge("pages-1.img"), huge("pages-2.img")]));
+        assert!(!memory_follows(&[huge("pages-1.img"), huge("pages-2.img")], u64::MAX));
+        let much = [image(0, "pages-1.img", 512)];
+        assert!(!memory_follows(&much, 512 << 20), "there is no room for it twice");
     }
 }

@@ -37,6 +37,8 @@ pub struct TestHost {
 
 pub(super) struct Daemon {
     pub(super) serving: Serving,
+    /// It has found what it has to do: before that it serves nobody.
+    recovered: AtomicBool,
     pub(super) arrivals: Arrivals,
     pub(super) under_way: Mutex<Vec<MigrationId>>,
     pub(super) tasks: Mutex<Vec<JoinHandle<()>>>,
@@ -76,6 +78,7 @@ impl TestHost {
         let arrivals = Arrivals::new(host, self.journal.clone(), Arc::new(Gate), patience);
         let daemon = Daemon {
             serving: Serving::default(),
+            recovered: AtomicBool::new(false),
             arrivals: arrivals.clone(),
             under_way: Mutex::default(),
             tasks: Mutex::default(),
@@ -86,6 +89,7 @@ impl TestHost {
         for record in records {
             self.recover(&arrivals, record);
         }
+        self.with_daemon(|d| d.recovered.store(true, Ordering::SeqCst));
         // What no record speaks of was arriving when the daemon died.
         lock(&self.guests).retain(|id, guest| {
             let keep = known.contains(id);
@@ -143,7 +147,10 @@ impl TestHost {
 
     pub(super) async fn pulled(&self, pull: &Pull, asker: HostId) -> Pulled {
         let Pull { migration, workload, epoch, piece, host: _ } = *pull;
-        let serving = self.with_daemon(|d| d.serving.clone()).expect("a daemon");
+        let ready = |d: &Daemon| d.recovered.load(Ordering::SeqCst).then(|| d.serving.clone());
+        let Some(serving) = self.with_daemon(ready).flatten() else {
+            return Pulled::Later("it does not serve yet".into());
+        };
         match serving.read(migration, asker, piece).await {
             Some(pulled) => pulled,
             None => not_served(self.standing(migration, workload, epoch)),
