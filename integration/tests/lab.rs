@@ -27,13 +27,13 @@ fn a_stock_kernel_boots_to_a_shell_and_its_power_is_obeyed() -> Result<()> {
 
 #[test]
 fn a_guest_with_shared_storage_does_not_notice_its_moves() -> Result<()> {
-    let number = moves(8)?;
+    let number = moves(4)?;
     attempts(|| moves::there_and_back(Storage::Shared, number))
 }
 
 #[test]
 fn a_guest_whose_disk_is_copied_does_not_notice_its_moves() -> Result<()> {
-    let number = moves(8)?;
+    let number = moves(4)?;
     attempts(|| moves::there_and_back(Storage::Copied, number))
 }
 

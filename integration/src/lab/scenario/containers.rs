@@ -22,6 +22,8 @@ const ADDRESS: &str = "10.99.0.61";
 /// in pages.
 const MEMORY: u32 = 64;
 const RATE: u32 = 160;
+/// Blocks of memory that its server has, of which each answer has some checked.
+const BLOCKS: u32 = 128;
 /// What the container may have, in bytes.
 const LIMIT: u64 = 256 << 20;
 
@@ -36,7 +38,8 @@ fn make_bundle(lab: &Lab, home: &Host) -> Result<String> {
     }
     fs::write(root.join("server.py"), SERVER)?;
     fs::write(root.join("dirty.py"), DIRTY)?;
-    let program = format!("{PYTHON} /server.py {PORT} & exec {PYTHON} /dirty.py {MEMORY} {RATE}");
+    let server = format!("{PYTHON} /server.py {PORT} {BLOCKS}");
+    let program = format!("{server} & exec {PYTHON} /dirty.py {MEMORY} {RATE}");
     let mut spec = spec(&program);
     spec["root"]["readonly"] = json!(false);
     spec["linux"]["resources"] = json!({"memory": {"limit": LIMIT}});
