@@ -140,7 +140,14 @@ impl TwoNets {
     /// Those of `ip`.
     pub fn connect(&self, connected: bool) -> Result<()> {
         let state = if connected { "up" } else { "down" };
-        self.ip(Side::A, &format!("link set {CABLE} {state}")).map(drop)
+        self.ip(Side::A, &format!("link set {CABLE} {state}"))?;
+        if connected {
+            // Who was looked for in vain meanwhile is not looked for again at once.
+            for side in [Side::A, Side::B] {
+                self.ip(side, "neigh flush all")?;
+            }
+        }
+        Ok(())
     }
 
     /// A directory that goes with the hosts.
