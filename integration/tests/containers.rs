@@ -274,7 +274,7 @@ fn a_bundle_that_is_none_is_refused_with_what_to_do() -> Result<()> {
     fs::remove_file(bundle.path.join("config.json"))?;
     bundle.start(&pair.a, &[])?.expect(1, &["config.json", "runc spec"])?;
     fs::write(bundle.path.join("config.json"), "nothing")?;
-    bundle.start(&pair.a, &[])?.expect(1, &["config.json is not JSON"])?;
+    bundle.start(&pair.a, &[])?.expect(1, &["config.json is not a JSON object"])?;
     let mut terminal = whole.clone();
     terminal["process"]["terminal"] = json!(true);
     bundle.write(&terminal)?;

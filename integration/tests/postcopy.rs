@@ -10,12 +10,15 @@ use integration::host_pair::{HostPair, migrate};
 use integration::leaks;
 use integration::migctl::Running;
 use integration::process::container::{self, Bundle};
+use integration::process::left::Keeper;
 use integration::process::served::{self, Beside, Kind};
 use integration::process::{
     PYTHON, can_move, exec, hosts, left, type_line, wait_for_line, wait_for_state,
 };
 use integration::two_nets::{Side, TwoNets, on_two_hosts};
 use integration::wait;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 const KINDS: &str = include_str!("../src/process/kinds.py");
@@ -277,6 +280,53 @@ fn a_tree_whose_source_is_lost_while_memory_follows_is_ended_and_says_why() -> R
     pair.b.migctl(&["rm", NAME])?.ok()?;
     leaks::expect_nothing_left(&pair.a)?;
     leaks::expect_nothing_left(&pair.b)
+}
+
+/// The loss of a process at the destination, while memory follows, ends the tree there:
+/// it says why, also when the daemon was restarted, and the source is done with it.
+fn lost_there(of: impl Fn(&Keeper) -> Option<u32>, why: &str) -> Result<()> {
+    let Unfilled { mut pair, moving, file } = unfilled()?;
+    let keeper = left::keepers(pair.b.state_dir()).pop().context("no keeper")?;
+    let lost = of(&keeper).context("nothing to lose")?;
+    kill(Pid::from_raw(i32::try_from(lost)?), Signal::SIGKILL)?;
+    wait_for_state(&pair.b, NAME, "stopped")?;
+    give(&file)?;
+    let ran = moving.wait()?;
+    ensure!(ran.status == 6, "{}: {}", ran.status, ran.stderr);
+    wait::until("the source to be done with it", || {
+        Ok(pair.a.state_of(NAME)?.is_none().then_some(()))
+    })?;
+    for restarted in [false, true] {
+        if restarted {
+            pair.b.restart()?;
+        }
+        let said = pair.b.migctl(&["inspect", NAME])?.ok()?.stdout;
+        ensure!(said.contains(why), "restarted: {restarted}: {said}");
+    }
+    leaks::expect_nothing_left(&pair.a)?;
+    pair.b.migctl(&["rm", NAME])?.ok()?;
+    leaks::expect_nothing_left(&pair.b)
+}
+
+#[test]
+fn a_tree_whose_pager_is_killed_while_memory_follows_is_ended_and_says_why() -> Result<()> {
+    lost_there(Keeper::lazy_pages, "what put its memory in place after it had moved")
+}
+
+#[test]
+fn a_tree_whose_keeper_is_killed_while_memory_follows_is_ended_and_says_why() -> Result<()> {
+    lost_there(|keeper| Some(keeper.pid), "its keeper, process")
+}
+
+#[test]
+fn a_source_daemon_that_is_asked_to_end_while_memory_follows_serves_the_rest_when_it_is_back()
+-> Result<()> {
+    let Unfilled { mut pair, moving, file } = unfilled()?;
+    pair.a.terminate()?;
+    moving.wait()?.expect(6, &["runs at"])?;
+    ensure!(file.exists());
+    pair.a.restart()?;
+    filled(&pair)
 }
 
 #[test]

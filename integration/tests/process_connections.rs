@@ -303,6 +303,18 @@ fn a_destination_that_cannot_have_the_network_is_refused_by_name() -> Result<()>
         go(nets, Side::A, &[])?.expect(3, &["bridge br1"])?;
 
         nets.ip(Side::B, "link add br1 type bridge")?;
+        let other = ["exec-process", "other", "--net", "ip=10.98.0.51/24,bridge=br1", "--"];
+        let other = [&other[..], &["/bin/sleep", "1000"]].concat();
+        let taken = "has the address 10.98.0.51 in the bridge br1";
+        nets.a.migctl(&other)?.expect(1, &[NAME, taken])?;
+        nets.b.migctl(&other)?.ok()?;
+        ensure!(blockers(nets)? == ["address-taken"]);
+        go(nets, Side::A, &[])?.expect(3, &["other", taken])?;
+        nets.b.migctl(&["stop", "other", "--force"])?.ok()?;
+        // What has ended needs no address.
+        go(nets, Side::A, &["--dry-run"])?.ok()?;
+        nets.b.migctl(&["rm", "other"])?.ok()?;
+
         nets.ip(Side::B, &format!("addr add 10.98.0.51/24 dev {BRIDGE}"))?;
         ensure!(blockers(nets)? == ["destination-address-taken"]);
         go(nets, Side::A, &[])?.expect(3, &["10.98.0.51", BRIDGE])?;

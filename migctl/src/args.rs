@@ -1,7 +1,9 @@
 //! The command line: every verb, its options and its help.
 
 mod container;
+mod migrate;
 mod process;
+mod vm;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,33 +12,17 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use container::RUN_CONTAINER_AFTER_HELP;
 pub use container::{Rootfs, RunContainerArgs};
+use migrate::{MIGRATE_AFTER_HELP, parse_timeout};
+pub use migrate::{MigrateArgs, Mode};
 use process::{ADOPT_AFTER_HELP, EXEC_PROCESS_AFTER_HELP};
 pub use process::{AdoptArgs, ExecProcessArgs, ProcessArgs, ProcessNet};
+pub use vm::{Cpu, Disk, Net, RunArgs};
 
-use crate::units::{parse_address, parse_duration, parse_mac, parse_size};
+use crate::units::{parse_address, parse_duration};
 
 const AFTER_HELP: &str = "\
 Exit status: 0 done, 1 failed, 2 wrong usage. `migrate` and `watch` have more: see `migctl migrate --help`.
 Errors go to stderr: what failed, on which host, in which phase, and what to do about it.";
-
-const MIGRATE_AFTER_HELP: &str = "\
-Exit status:
-  0    completed: it runs at the destination (with --dry-run: nothing stands in the way)
-  1    the daemon could not be asked; nothing was started
-  2    wrong usage
-  3    refused before anything was touched; the result lists what stands in the way
-  4    failed, and still at the source
-  5    cancelled, and still at the source
-  6    in doubt: the destination did not confirm, or the daemon could not be asked again
-  130  detached by a second Ctrl-C; the migration goes on
-
-The first Ctrl-C asks the daemon to cancel and waits for the result.
-
-Examples:
-  migctl migrate web --to hostb:7070
-  migctl migrate web --to hostb:7070 --max-downtime 20ms --verify
-  migctl migrate job --to hostb:7070 --file-locks --ghost-limit 16M
-  migctl -o json migrate web --to hostb:7070 --dry-run";
 
 /// Runs, inspects and moves workloads through the migrd daemon of a host.
 #[derive(Debug, Parser)]
@@ -181,110 +167,6 @@ pub struct NameArgs {
 }
 
 #[derive(Debug, Args)]
-pub struct RunArgs {
-    /// Name of the new VM.
-    pub name: String,
-    /// Kernel: a PVH ELF or a Linux bzImage, read by the daemon.
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
-    /// Memory, with K, M, G or T (powers of 1024).
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub memory: u64,
-    /// Number of virtual CPUs.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub cpus: u32,
-    /// Kernel command line.
-    #[arg(long, value_name = "STR", default_value = "", allow_hyphen_values = true)]
-    pub cmdline: String,
-    /// Initial RAM disk, read by the daemon.
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-    /// Disk: a raw image or a block device, opened by the daemon; `,ro` at the end makes it
-    /// read-only. May be given several times.
-    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk)]
-    pub disks: Vec<Disk>,
-    /// Network interface: the tap behind it, found by name on every host; or a bridge into which
-    /// a tap is put, and made where it is missing. May be given several times.
-    #[arg(long = "net", value_name = "tap=IF|bridge=BR[,tap=IF][,mac=MAC]", value_parser = parse_net)]
-    pub nets: Vec<Net>,
-    /// CPU features that the guest sees, for as long as it lives: host, all that this host has;
-    /// baseline, what any host of the last ten years has; or a file that lists features.
-    #[arg(long, value_name = "host|baseline|FILE", default_value = "host", value_parser = parse_cpu)]
-    pub cpu: Cpu,
-}
-
-/// A network interface of a new VM.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Net {
-    /// Name of the tap; empty: the daemon chooses one.
-    pub tap: String,
-    /// Name of the bridge, or empty.
-    pub bridge: String,
-    /// Hardware address; `None`: the daemon chooses one.
-    pub mac: Option<[u8; 6]>,
-}
-
-fn parse_net(text: &str) -> Result<Net, String> {
-    let mut net = Net::default();
-    for part in text.split(',') {
-        match part.split_once('=') {
-            Some(("tap", name)) if net.tap.is_empty() && !name.is_empty() => {
-                name.clone_into(&mut net.tap)
-            }
-            Some(("bridge", name)) if net.bridge.is_empty() && !name.is_empty() => {
-                name.clone_into(&mut net.bridge);
-            }
-            Some(("mac", mac)) if net.mac.is_none() => {
-                net.mac = Some(parse_mac(mac).map_err(|error| error.to_string())?);
-            }
-            _ => return Err(format!("{part:?} is not tap=IF, bridge=BR or mac=MAC, each once")),
-        }
-    }
-    if net.tap.is_empty() && net.bridge.is_empty() {
-        return Err("a network interface needs tap=IF or bridge=BR".to_owned());
-    }
-    Ok(net)
-}
-
-/// A disk of a new VM.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    /// The image.
-    pub path: PathBuf,
-    /// Nothing is written to it.
-    pub read_only: bool,
-}
-
-fn parse_disk(text: &str) -> Result<Disk, String> {
-    let (path, read_only) = match text.strip_suffix(",ro") {
-        Some(path) => (path, true),
-        None => (text, false),
-    };
-    if path.is_empty() {
-        return Err("a disk needs the path of an image".to_owned());
-    }
-    Ok(Disk { path: path.into(), read_only })
-}
-
-/// Which CPU features a guest sees.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Cpu {
-    /// Those that the daemon knows by this name.
-    Named(&'static str),
-    /// Those in a list.
-    Listed(PathBuf),
-}
-
-fn parse_cpu(text: &str) -> Result<Cpu, String> {
-    match text {
-        "host" => Ok(Cpu::Named("host")),
-        "baseline" => Ok(Cpu::Named("baseline")),
-        "" => Err("give host, baseline or the path of a list of features".to_owned()),
-        path => Ok(Cpu::Listed(PathBuf::from(path))),
-    }
-}
-
-#[derive(Debug, Args)]
 pub struct ListArgs {
     /// Also list workloads that have moved away.
     #[arg(short, long)]
@@ -325,69 +207,6 @@ fn parse_escape(text: &str) -> Result<Escape, String> {
         [b'^', key @ (b'@'..=b'_' | b'a'..=b'z')] => Ok(Escape(Some(key & 0x1f))),
         _ => Err(format!("{text:?} is not a control key such as ^] or ^A, nor none")),
     }
-}
-
-/// How memory gets to the destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Mode {
-    /// Copy while it runs, then stop it for what is left.
-    Precopy,
-    /// Stop it, then copy everything.
-    Stop,
-    /// Hand over first and fetch memory when it is needed, of process trees and containers.
-    /// Until all has come, the loss of either host loses the workload.
-    Postcopy,
-    /// One pass of pre-copy, then post-copy.
-    Hybrid,
-}
-
-#[derive(Debug, Args)]
-pub struct MigrateArgs {
-    /// Name of the workload.
-    pub name: String,
-    /// The daemon to move it to, as the daemon at the source reaches it.
-    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
-    pub to: String,
-    /// How memory gets to the destination; by default the best way that the workload has:
-    /// precopy for VMs, and for large process trees and containers whose memory the kernel
-    /// tracks, else stop.
-    #[arg(long, value_enum)]
-    pub mode: Option<Mode>,
-    /// Stop the workload when this downtime is predicted; by default 50ms for VMs, and as
-    /// short as can be for process trees and containers.
-    #[arg(long, value_name = "DURATION", value_parser = parse_downtime)]
-    pub max_downtime: Option<u32>,
-    /// Give up, and stay at the source, when it takes longer.
-    #[arg(long, value_name = "DURATION", value_parser = parse_timeout)]
-    pub timeout: Option<u64>,
-    /// Compare hashes of all memory at both ends while it is stopped (adds to the downtime).
-    #[arg(long)]
-    pub verify: bool,
-    /// Send the disks too: for hosts that share no storage.
-    #[arg(long)]
-    pub copy_disks: bool,
-    #[command(flatten)]
-    pub process: ProcessArgs,
-    /// Only say what would happen and what stands in the way; touches nothing.
-    #[arg(long)]
-    pub dry_run: bool,
-}
-
-/// A downtime budget in whole microseconds.
-fn parse_downtime(text: &str) -> Result<u32, String> {
-    let duration = parse_duration(text).map_err(|error| error.to_string())?;
-    match u32::try_from(duration.as_micros()) {
-        Ok(0) => Err("the shortest downtime that can be asked for is 1us".to_owned()),
-        Ok(us) => Ok(us),
-        Err(_) => Err(format!("the longest downtime that can be asked for is {}us", u32::MAX)),
-    }
-}
-
-/// A time limit in milliseconds, rounded up so that it never becomes "none".
-fn parse_timeout(text: &str) -> Result<u64, String> {
-    let duration = parse_duration(text).map_err(|error| error.to_string())?;
-    u64::try_from(duration.as_micros().div_ceil(1000))
-        .map_err(|_| format!("{text:?} is longer than can be counted"))
 }
 
 #[derive(Debug, Args)]
@@ -490,42 +309,5 @@ mod tests {
         assert_eq!(parse_escape("^a"), Ok(Escape(Some(1))));
         assert_eq!(parse_escape("none"), Ok(Escape(None)));
         assert!(parse_escape("q").is_err());
-    }
-
-    #[test]
-    fn an_interface_has_a_tap_or_a_bridge_and_may_have_an_address() {
-        let mac = Some([2, 0, 0, 0, 0, 0xab]);
-        let net =
-            |tap: &str, bridge: &str, mac| Net { tap: tap.into(), bridge: bridge.into(), mac };
-        assert_eq!(parse_net("tap=t0"), Ok(net("t0", "", None)));
-        assert_eq!(parse_net("bridge=br0"), Ok(net("", "br0", None)));
-        assert_eq!(parse_net("bridge=br0,tap=t0,mac=02:00:00:00:00:AB"), Ok(net("t0", "br0", mac)));
-        for odd in ["", "t0", "tap=", "mac=02:00:00:00:00:01", "tap=a,tap=b", "tap=a,mac=2"] {
-            assert!(parse_net(odd).is_err(), "{odd:?}");
-        }
-    }
-
-    #[test]
-    fn a_disk_is_a_path_and_may_be_read_only() {
-        let disk = |path: &str, read_only| Ok(Disk { path: path.into(), read_only });
-        assert_eq!(parse_disk("a.img"), disk("a.img", false));
-        assert_eq!(parse_disk("a,b.img,ro"), disk("a,b.img", true));
-        assert!(parse_disk("").is_err());
-        assert!(parse_disk(",ro").is_err());
-    }
-
-    #[test]
-    fn what_is_no_named_cpu_model_is_a_list() {
-        assert_eq!(parse_cpu("baseline"), Ok(Cpu::Named("baseline")));
-        assert_eq!(parse_cpu("./host"), Ok(Cpu::Listed(PathBuf::from("./host"))));
-        assert!(parse_cpu("").is_err());
-    }
-
-    #[test]
-    fn budgets_never_round_to_the_daemons_default() {
-        assert_eq!(parse_downtime("50ms"), Ok(50_000));
-        assert!(parse_downtime("1ns").is_err());
-        assert!(parse_downtime("2h").is_err());
-        assert_eq!(parse_timeout("1us"), Ok(1));
     }
 }

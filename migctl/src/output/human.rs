@@ -236,11 +236,14 @@ fn pages(result: &Migration) -> String {
         Some(pages @ 1..) => format!(", {pages} after it ran there"),
         Some(0) | None => String::new(),
     };
+    let skipped = match result.pages_skipped {
+        Some(pages @ 1..) => format!(", {pages} skipped"),
+        Some(0) | None => String::new(),
+    };
     format!(
-        "{} sent, {} zero, {} skipped{after}",
+        "{} sent, {} zero{skipped}{after}",
         result.pages_sent.unwrap_or_default(),
         result.pages_zero.unwrap_or_default(),
-        result.pages_skipped.unwrap_or_default()
     )
 }
 
@@ -272,14 +275,20 @@ pub fn plan(plan: &Plan) -> String {
         ("source", plan.source.clone()),
         ("destination", plan.destination.clone()),
         ("mode", with_reason(plan.mode, plan.mode_reason.as_deref())),
-        ("memory", show_bytes(plan.memory_bytes)),
-        ("memory touched", show_bytes(plan.populated_bytes)),
+    ];
+    let touched = show_bytes(plan.populated_bytes);
+    match plan.memory_bytes {
+        // A process tree has no other memory than what it has touched.
+        0 => facts.push(("memory", touched)),
+        all => facts.extend([("memory", show_bytes(all)), ("memory touched", touched)]),
+    }
+    facts.extend([
         ("destination free", show_bytes(plan.destination_free_bytes)),
         ("link rate", rate),
         ("predicted total", predicted(plan.predicted_total_ms)),
         ("predicted downtime", predicted(plan.predicted_downtime_ms)),
         ("allowed downtime", allowed),
-    ];
+    ]);
     if let Some(bytes) = plan.rootfs_bytes {
         facts.push(("root file system", format!("{} are sent while it runs", show_bytes(bytes))));
     }

@@ -60,6 +60,7 @@ pub(super) fn registry(host: &str, error: &RegistryError) -> Status {
         RegistryError::TooLate(_) => (Code::FailedPrecondition, "TOO_LATE"),
         RegistryError::NoSuchMode(_) => (Code::Unimplemented, "MODE_UNSUPPORTED"),
         RegistryError::NoRoom(_) => (Code::ResourceExhausted, "NO_MEMORY"),
+        RegistryError::AddressTaken(_) => (Code::FailedPrecondition, "ADDRESS_TAKEN"),
         RegistryError::NoEngine(_) => (Code::FailedPrecondition, "NO_ENGINE"),
         RegistryError::Workload(_) => (Code::FailedPrecondition, "WORKLOAD"),
         RegistryError::Journal(_) => (Code::Internal, "JOURNAL"),
@@ -90,6 +91,9 @@ pub(super) fn no_containers(host: &str, message: String) -> Status {
 }
 
 pub(super) fn checkpoint(host: &str, error: &CheckpointError) -> Status {
+    if let CheckpointError::Registry(error) = error {
+        return registry(host, error);
+    }
     let (code, reason) = (Code::FailedPrecondition, "CHECKPOINT");
     Refusal { code, reason, message: error.to_string(), host, remedy: "" }.status()
 }

@@ -106,7 +106,9 @@ fn find(name: &str, environment: &[String]) -> io::Result<PathBuf> {
         file.is_file() && nix::unistd::access(file, nix::unistd::AccessFlags::X_OK).is_ok()
     };
     let found = path.split(':').map(|directory| Path::new(directory).join(name)).find(runs);
-    found.ok_or_else(|| io::Error::other(format!("there is no command {name} in {path}")))
+    found.ok_or_else(|| {
+        io::Error::other(format!("there is no command {name} in its PATH ({path:?})"))
+    })
 }
 
 #[cfg(test)]

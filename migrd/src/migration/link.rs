@@ -40,7 +40,7 @@ pub enum LinkError {
         message: String,
     },
     /// Pages were to be sent that the workload does not have.
-    #[error("cannot read the pages to send")]
+    #[error("cannot read what is to be sent ({0})")]
     Source(#[from] OutOfStream),
     /// The peer is something else, or of another protocol version.
     #[error("{peer} is not a migrd this one can talk to: {cause}")]

@@ -125,7 +125,11 @@ impl MigrationError {
             Self::Link(LinkError::Rejected { peer, .. }) => {
                 format!("see the log of the migrd at {peer}")
             }
-            Self::Link(LinkError::Source(_)) => "see the log of this migrd".into(),
+            Self::Link(LinkError::Source(_)) => {
+                "see how it stands with `migctl list` here; if it runs, start the move again; the \
+                 log of this migrd says more"
+                    .into()
+            }
             Self::Link(LinkError::Stranger { peer, .. } | LinkError::Misbehaved { peer, .. }) => {
                 format!("check that {peer} is the address of a migrd of a matching version")
             }

@@ -41,6 +41,26 @@ pub struct Question {
     pub fixed_cost: Duration,
 }
 
+impl Question {
+    /// How long all of it would take, and how long the workload would stand still, before
+    /// a page was looked at; `None` without a known rate.
+    #[must_use]
+    pub fn predicted(&self) -> Option<(Duration, Duration)> {
+        if self.known_rate <= 0.0 {
+            return None;
+        }
+        let pages = self.populated_bytes / PAGE_SIZE;
+        let all = predict(pages, self.known_rate, self.fixed_cost);
+        let still = (self.populated_bytes.saturating_sub(self.files_bytes)) / PAGE_SIZE;
+        let downtime = match self.mode.mode {
+            Mode::Stop => predict(still, self.known_rate, self.fixed_cost),
+            Mode::Precopy | Mode::Postcopy => self.fixed_cost,
+        };
+        tracing::debug!(bytes = approximate(self.populated_bytes), ?all, "predicted");
+        Some((all, downtime))
+    }
+}
+
 /// The answer.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -76,7 +96,9 @@ pub async fn plan(question: &Question) -> Plan {
         total: None,
         downtime: None,
     };
-    predict_times(question, &mut plan);
+    if let Some((total, downtime)) = question.predicted() {
+        (plan.total, plan.downtime) = (Some(total), Some(downtime));
+    }
     let facts = match identify(question).await {
         Ok(facts) => facts,
         Err(found) => {
@@ -151,19 +173,4 @@ fn unusable(error: &LinkError, address: &str) -> Blocker {
         }
     };
     blocker(code, error.to_string(), remedy, address)
-}
-
-fn predict_times(question: &Question, plan: &mut Plan) {
-    if question.known_rate <= 0.0 {
-        return;
-    }
-    let pages = question.populated_bytes / PAGE_SIZE;
-    let all = predict(pages, question.known_rate, question.fixed_cost);
-    plan.total = Some(all);
-    let still = (question.populated_bytes.saturating_sub(question.files_bytes)) / PAGE_SIZE;
-    plan.downtime = Some(match question.mode.mode {
-        Mode::Stop => predict(still, question.known_rate, question.fixed_cost),
-        Mode::Precopy | Mode::Postcopy => question.fixed_cost,
-    });
-    tracing::debug!(bytes = approximate(question.populated_bytes), ?all, "predicted");
 }

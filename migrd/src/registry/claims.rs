@@ -9,7 +9,7 @@ use crate::migration::destination::{Claim, Host, valid_name};
 use crate::migration::journal::{Identity, WorkloadRecord};
 use crate::migration::link::{Blocker, Peer};
 use crate::units::{Epoch, MigrationId, WorkloadId};
-use crate::workload::{Engine, Kind, Manifest, Workload};
+use crate::workload::{Engine, Kind, Manifest, NetAddress, Workload};
 
 #[derive(Default)]
 pub(super) struct Table {
@@ -24,6 +24,7 @@ pub(super) struct Arrived {
     pub(super) name: String,
     manifest: Option<Manifest>,
     bytes: u64,
+    addresses: Vec<NetAddress>,
 }
 
 impl Table {
@@ -67,6 +68,36 @@ impl Shared {
         })
     }
 
+    fn addresses(&self, kind: Kind, config: &[u8]) -> Vec<NetAddress> {
+        self.engine(kind).map_or_else(Vec::new, |engine| engine.addresses(config))
+    }
+
+    /// Whether nobody here has an address of what arrives: two would take each other's
+    /// connections, whatever else of them is right.
+    fn addresses_free(&self, table: &Table, manifest: &Manifest) -> Result<(), Blocker> {
+        let wanted = self.addresses(manifest.kind, &manifest.config);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let taken = |name: &str, has: &[NetAddress]| match has.iter().find(|a| wanted.contains(a)) {
+            None => Ok(()),
+            Some(address) => Err(Blocker {
+                code: "address-taken".into(),
+                message: format!("{name} has {address} on {} already", self.here),
+                remedy: "stop or move one of the two, or start one with another address".into(),
+                host: self.here.clone(),
+            }),
+        };
+        for owner in table.owners.values() {
+            let Status { identity, state, .. } = owner.status();
+            let other = identity.id != manifest.workload;
+            if other && !matches!(state, State::Gone | State::Stopped) {
+                taken(&identity.name, &self.addresses(identity.kind, &identity.config))?;
+            }
+        }
+        table.arriving.values().try_for_each(|arrived| taken(&arrived.name, &arrived.addresses))
+    }
+
     pub(super) fn arriving_status(
         &self,
         migration: MigrationId,
@@ -98,7 +129,8 @@ impl Registry {
     /// Sets a name and memory aside for a workload that is made here.
     ///
     /// # Errors
-    /// When the name can't be one or is used, or the memory is not free.
+    /// When the name can't be one or is used, or the memory is not free, or another
+    /// workload has one of its addresses.
     pub fn claim_new(&self, manifest: &Manifest) -> Result<Claim, RegistryError> {
         if !valid_name(&manifest.name) {
             return Err(RegistryError::BadName(manifest.name.clone()));
@@ -108,6 +140,8 @@ impl Registry {
             return Err(RegistryError::NameTaken(manifest.name.clone()));
         }
         self.shared.room(&table, manifest.memory_bytes).map_err(RegistryError::NoRoom)?;
+        let free = self.shared.addresses_free(&table, manifest);
+        free.map_err(RegistryError::AddressTaken)?;
         let id = MigrationId::random();
         Ok(self.insert_claim(&mut table, id, manifest))
     }
@@ -118,6 +152,7 @@ impl Registry {
             name: manifest.name.clone(),
             manifest: Some(manifest.clone()),
             bytes: manifest.memory_bytes,
+            addresses: self.shared.addresses(manifest.kind, &manifest.config),
         };
         table.arriving.insert(id, arrived);
         Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id })
@@ -131,6 +166,7 @@ impl Registry {
             name: identity.name.clone(),
             manifest: None,
             bytes: identity.memory_bytes,
+            addresses: self.shared.addresses(identity.kind, &identity.config),
         };
         self.shared.table().arriving.insert(migration, arrived);
         Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id: migration })
@@ -180,6 +216,7 @@ impl Host for Registry {
             });
         }
         self.shared.room(&table, manifest.memory_bytes)?;
+        self.shared.addresses_free(&table, manifest)?;
         if dry_run {
             return Ok(Box::new(()));
         }

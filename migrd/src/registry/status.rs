@@ -123,6 +123,9 @@ pub enum RegistryError {
     /// Not enough memory.
     #[error("{}; {}", .0.message, .0.remedy)]
     NoRoom(Blocker),
+    /// Another workload has its address.
+    #[error("{}; {}", .0.message, .0.remedy)]
+    AddressTaken(Blocker),
     /// This host has no engine for that kind.
     #[error("this host can't run workloads of kind {0:?}")]
     NoEngine(Kind),
@@ -145,6 +148,9 @@ pub(super) fn state_of(record: &WorkloadRecord, run: &RunState) -> (State, Strin
         (Ownership::Released(_), _) => (State::InDoubt, String::new()),
         (Ownership::Owned, RunState::Running) => (State::Running, String::new()),
         (Ownership::Owned, RunState::Paused) => (State::Paused, String::new()),
-        (Ownership::Owned, RunState::Ended(reason)) => (State::Stopped, reason.clone()),
+        (Ownership::Owned, RunState::Ended(reason)) => {
+            // What is found after a restart of the daemon knows less.
+            (State::Stopped, record.ended.clone().unwrap_or_else(|| reason.clone()))
+        }
     }
 }

@@ -5,18 +5,26 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::*;
+use crate::migration::destination::{Host as _, identity};
 use crate::workload::fake::{Census, FakeWorkload, Guest};
-use crate::workload::{Arriving, Manifest, Problem, WorkloadError};
+use crate::workload::{Address, Arriving, Manifest, NetAddress, Problem, WorkloadError};
 
 /// Longer than any test waits.
 const LONG: Duration = Duration::from_secs(600);
 const NAME: &str = "web";
 
-/// Makes nothing: the tests bring their workload.
+/// Makes nothing: the tests bring their workload. A configuration of four bytes is an
+/// address in one bridge.
 struct Nothing;
 
 #[async_trait]
 impl Engine for Nothing {
+    fn addresses(&self, config: &[u8]) -> Vec<NetAddress> {
+        let ip = <[u8; 4]>::try_from(config).ok().map(|ip| Address::Ip(ip.into()));
+        let known = ip.map(|address| NetAddress { bridge: "br0".into(), address });
+        known.into_iter().collect()
+    }
+
     async fn check(&self, _: &Manifest) -> Vec<Problem> {
         Vec::new()
     }
@@ -25,6 +33,23 @@ impl Engine for Nothing {
 
     async fn prepare(&self, _: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError> {
         Err(WorkloadError::new("nothing can be made here"))
+    }
+}
+
+/// What is offered, or made, with an address.
+fn with_address(name: &str, address: [u8; 4]) -> Manifest {
+    Manifest {
+        workload: WorkloadId::random(),
+        name: name.into(),
+        kind: Kind::Vm,
+        streams: Vec::new(),
+        config: address.to_vec(),
+        memory_bytes: 4096,
+        cpus: 1,
+        paused: false,
+        created_unix_ms: 0,
+        needs: Vec::new(),
+        follows: false,
     }
 }
 
@@ -99,4 +124,61 @@ async fn a_workload_that_has_not_ended_in_time_goes_on_and_the_user_is_told_what
     assert_eq!(host.registry.find(NAME).unwrap().state, State::Running);
     let stopped = host.registry.stop(NAME).await.unwrap();
     assert_eq!(stopped.state, State::Stopped);
+}
+
+#[tokio::test]
+async fn why_a_workload_has_ended_is_known_to_the_next_daemon() {
+    for wish in [true, false] {
+        let host = host().await;
+        if wish {
+            host.registry.stop(NAME).await.unwrap();
+        } else {
+            host.guest.end("it exited with status 3");
+            let ended = |status: &Status| status.state == State::Stopped;
+            host.registry.follow(NAME).unwrap().wait_for(ended).await.unwrap();
+        }
+        let known = host.registry.find(NAME).unwrap();
+        host.registry.shut_down().await;
+        let journal = host.registry.shared.journal.clone();
+        let record = journal.get(known.identity.id).unwrap().unwrap();
+
+        let next = Registry::new(Setup {
+            here: "a:1".into(),
+            host: journal.host_id().unwrap(),
+            journal,
+            engines: vec![(Kind::Vm, Arc::new(Nothing) as Arc<dyn Engine>)],
+            peers: Arc::new(|address| panic!("nobody is asked for {address}")),
+            lanes: 1,
+            shutdown: CancellationToken::new(),
+        });
+        next.take_in(record, None);
+        let found = next.find(NAME).unwrap();
+        assert_eq!((found.state, found.reason), (State::Stopped, known.reason));
+        assert!(next.resume(NAME).await.is_err());
+        next.remove(NAME).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn two_workloads_of_a_host_never_have_one_address() {
+    let host = host().await;
+    let registry = &host.registry;
+    let first = with_address("first", [10, 0, 0, 5]);
+    let claim = registry.claim_new(&first).unwrap();
+    let again = with_address("second", [10, 0, 0, 5]);
+    let refused = registry.claim_new(&again).err().unwrap();
+    let text = refused.to_string();
+    assert!(matches!(refused, RegistryError::AddressTaken(_)), "{text}");
+    assert!(text.contains("first has the address 10.0.0.5 in the bridge br0"), "{text}");
+
+    let guest = Guest::empty(&Arc::new(Census::default()), 1);
+    registry.create(identity(&first), Box::new(FakeWorkload(guest))).await.unwrap();
+    drop(claim);
+    for dry_run in [true, false] {
+        let refused = registry.claim(&again, MigrationId::random(), dry_run).err().unwrap();
+        assert_eq!(refused.code, "address-taken");
+    }
+    registry.claim(&with_address("third", [10, 0, 0, 6]), MigrationId::random(), false).unwrap();
+    registry.stop("first").await.unwrap();
+    registry.claim_new(&again).unwrap();
 }

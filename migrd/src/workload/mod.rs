@@ -4,13 +4,18 @@
 //! migration moves chunks of numbered streams and never knows what one means.
 //! May not touch tonic or the phases of a migration.
 
+mod addresses;
 mod ended;
+mod engine;
 pub mod following;
 pub mod link;
 pub mod logged;
+mod needs;
 pub mod outliving;
+mod output;
 pub mod process;
 pub mod storage;
+mod streams;
 pub mod vm;
 
 use std::os::fd::OwnedFd;
@@ -20,28 +25,14 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use crate::pages::PageSet;
-use crate::units::{SnapshotId, WorkloadId};
+use crate::units::SnapshotId;
+pub use addresses::{Address, NetAddress};
 pub use ended::NoStreams;
+pub use engine::{Arriving, Engine, Kind, Manifest, Recovers};
 pub use following::{Follows, Lacks, LeftMemory, Piece};
-
-/// Number of one stream of a workload: a memory region, a log, a disk, an
-/// image file. Chosen by the workload, carried on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct StreamKey(pub u32);
-
-/// One stream as the manifest announces it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StreamSpec {
-    /// Its number.
-    pub key: StreamKey,
-    /// For people: `ram0`, `serial-log`.
-    pub name: String,
-    /// Length in bytes, a multiple of the page size.
-    pub length: u64,
-    /// How many bytes of it need room on a disk at the destination, about; 0
-    /// for what needs none.
-    pub used: u64,
-}
+pub use needs::{Needing, Needs, needed};
+pub use output::{Footprint, Output, Terminal};
+pub use streams::{ChunkSink, ChunkSource, OutOfStream, StreamHash, StreamKey, StreamSpec};
 
 /// A workload could not do what was asked of it. It still is what it was
 /// before, unless the method's documentation says otherwise.
@@ -68,68 +59,6 @@ impl WorkloadError {
     ) -> Self {
         Self { message: message.into(), source: Some(Box::new(source)) }
     }
-}
-
-/// An access outside a stream, or to a stream that does not exist.
-#[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
-#[error("stream {} has no bytes {offset}..{offset}+{length}", key.0)]
-pub struct OutOfStream {
-    /// The stream.
-    pub key: StreamKey,
-    /// First byte asked for.
-    pub offset: u64,
-    /// Number of bytes asked for.
-    pub length: u64,
-}
-
-/// The bytes of a workload's streams, read while it runs: what a chunk holds is
-/// what was there at some instant of the call.
-pub trait ChunkSource: Send + Sync {
-    /// Fills `into` with the stream's bytes from `offset` on.
-    ///
-    /// # Errors
-    /// When the stream has no such bytes; `into` is then unspecified.
-    fn read(&self, key: StreamKey, offset: u64, into: &mut [u8]) -> Result<(), OutOfStream>;
-
-    /// Whether the `length` bytes from `offset` on are all zero.
-    ///
-    /// # Errors
-    /// When the stream has no such bytes.
-    fn is_zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<bool, OutOfStream>;
-
-    /// Whether reading that stream may have to wait for storage.
-    fn waits(&self, key: StreamKey) -> bool;
-}
-
-/// Where the bytes of a workload's streams are put at the destination.
-pub trait ChunkSink: Send + Sync {
-    /// Puts `bytes` into the stream from `offset` on.
-    ///
-    /// # Errors
-    /// When the stream has no such bytes; nothing is then written.
-    fn write(&self, key: StreamKey, offset: u64, bytes: &[u8]) -> Result<(), OutOfStream>;
-
-    /// Makes the `length` bytes from `offset` on zero, without taking memory
-    /// for what never held anything.
-    ///
-    /// # Errors
-    /// When the stream has no such bytes; nothing is then written.
-    fn zero(&self, key: StreamKey, offset: u64, length: u64) -> Result<(), OutOfStream>;
-
-    /// Why something was refused that the stream has room for, with what to do about
-    /// it; `None` where nothing but that is known.
-    fn trouble(&self) -> Option<String> {
-        None
-    }
-}
-
-/// BLAKE3 of one stream; what exactly is hashed is in `docs/protocol.md`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StreamHash {
-    /// The stream.
-    pub key: StreamKey,
-    /// Its hash.
-    pub hash: [u8; 32],
 }
 
 /// Something that keeps a host from taking a workload, and what to do about it.
@@ -218,60 +147,6 @@ pub enum RunState {
     Paused,
     /// It ended by itself, or was stopped: why.
     Ended(String),
-}
-
-/// What can be asked of a workload while a migration holds it: its output, its
-/// figures, and the way in for its input.
-#[async_trait]
-pub trait Terminal: Send + Sync {
-    /// Output from the logical byte offset `from` on, at most about `max` bytes.
-    /// Older output than is kept is left out.
-    fn read(&self, from: u64, max: usize) -> Result<Vec<Output>, WorkloadError>;
-
-    /// Where its output ends now, in bytes.
-    fn end(&self) -> u64;
-
-    /// Resolves when there may be more output than when `seen` was its end.
-    async fn more_than(&self, seen: u64);
-
-    /// Types `bytes`.
-    async fn input(&self, bytes: &[u8]) -> Result<(), WorkloadError>;
-
-    /// Memory it has touched, in bytes; quick.
-    fn populated_bytes(&self) -> u64;
-
-    /// What it costs now.
-    async fn footprint(&self) -> Result<Footprint, WorkloadError>;
-}
-
-/// Part of one line of output.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Output {
-    /// Where `data` stands in everything the workload ever put out, in bytes.
-    pub offset: u64,
-    /// The bytes, of one line.
-    pub data: Vec<u8>,
-    /// `CLOCK_REALTIME` in ns at the first byte of the line.
-    pub line_unix_ns: i64,
-    /// `data` begins a line.
-    pub starts_line: bool,
-}
-
-/// Figures of a workload, for people.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Footprint {
-    /// Process that runs it, and of a process tree its init; 0 if none does.
-    pub pid: u32,
-    /// Processes of a process tree; 0 for other kinds.
-    pub processes: u32,
-    /// Memory it has touched, in bytes.
-    pub populated_bytes: u64,
-    /// Memory that running it costs beyond its own, in bytes.
-    pub overhead_bytes: u64,
-    /// Output so far, in bytes.
-    pub log_bytes: u64,
-    /// Output that was lost, in bytes.
-    pub log_dropped_bytes: u64,
 }
 
 /// A workload of this host: what a migration takes away, and what an operator
@@ -438,160 +313,6 @@ pub trait Workload: Send + Sync {
 
     /// Drops it and everything this host holds of it.
     async fn discard(self: Box<Self>);
-}
-
-/// What a workload has to find on a host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Needs {
-    /// As its kind writes that down; empty: nothing.
-    pub written: Vec<u8>,
-    /// How much of files such a host reads, in bytes, to see whether it has that.
-    pub reads: u64,
-}
-
-impl Needs {
-    /// How much longer than others a host may take to see whether it has that: a slow
-    /// disk gives 64 MiB a second.
-    #[must_use]
-    pub fn patience(&self) -> std::time::Duration {
-        std::time::Duration::from_secs(self.reads >> 26)
-    }
-}
-
-/// Says what a workload needs. Blocks as long as it takes to read as much of files as
-/// it says that others have to.
-pub type Needing = Arc<dyn Fn() -> Needs + Send + Sync>;
-
-/// Has it said beside what is asynchronous.
-///
-/// # Errors
-/// When it panics.
-pub async fn needed(needing: Needing) -> Result<Needs, WorkloadError> {
-    let said = tokio::task::spawn_blocking(move || needing()).await;
-    said.map_err(|e| WorkloadError::caused("looking at the files that it needs failed", e))
-}
-
-/// The workload at the destination, from empty to running.
-#[async_trait]
-pub trait Arriving: Send + Sync {
-    /// Writes its streams from any thread.
-    fn chunks(&self) -> Arc<dyn ChunkSink>;
-
-    /// The memory that it lacks or will lack, because it follows; `None` when it can lack
-    /// none. It may lack some before [`load`](Self::load) is done.
-    fn lacks(&self) -> Option<Arc<dyn Lacks>>;
-
-    /// Takes what [`Workload::save`] gave. It does not run yet.
-    async fn load(&mut self, state: &[u8]) -> Result<(), WorkloadError>;
-
-    /// Hashes its streams.
-    async fn hash(&mut self) -> Result<Vec<StreamHash>, WorkloadError>;
-
-    /// Runs it, or leaves it paused if `paused`. May be called again after an
-    /// error.
-    async fn start(&mut self, paused: bool) -> Result<(), WorkloadError>;
-
-    /// The workload, after `start`.
-    fn arrived(self: Box<Self>) -> Box<dyn Workload>;
-
-    /// Drops it and everything it holds.
-    async fn discard(self: Box<Self>);
-}
-
-/// What a host needs to know to make room for a workload that arrives.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Manifest {
-    /// The workload.
-    pub workload: WorkloadId,
-    /// Its name, valid and unused on this host when checked.
-    pub name: String,
-    /// Its kind.
-    pub kind: Kind,
-    /// Its streams.
-    pub streams: Vec<StreamSpec>,
-    /// What its kind makes it of.
-    pub config: Vec<u8>,
-    /// Memory to reserve, in bytes.
-    pub memory_bytes: u64,
-    /// Virtual CPUs; 0 where that says nothing.
-    pub cpus: u32,
-    /// It stays paused.
-    pub paused: bool,
-    /// When it was first created, in ms since the Unix epoch.
-    pub created_unix_ms: i64,
-    /// What it has to find on a host, as its kind writes that down; empty when
-    /// that is nothing.
-    pub needs: Vec<u8>,
-    /// Memory of it stays at the source, and follows when it runs.
-    pub follows: bool,
-}
-
-/// A kind of workload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// A virtual machine.
-    Vm,
-    /// A process tree.
-    Process,
-    /// An OCI container: a process tree that runc makes.
-    Container,
-}
-
-/// Makes workloads of one kind on this host.
-#[async_trait]
-pub trait Engine: Send + Sync {
-    /// What keeps this host from running what the manifest announces; empty:
-    /// nothing does. Nothing is made.
-    async fn check(&self, manifest: &Manifest) -> Vec<Problem>;
-
-    /// Ends what may be left of a workload that nobody holds, and deletes its
-    /// files.
-    async fn clear(&self, id: WorkloadId);
-
-    /// Makes an empty workload that is ready to receive.
-    async fn prepare(&self, manifest: &Manifest) -> Result<Box<dyn Arriving>, WorkloadError>;
-}
-
-/// Finds the workloads of one kind again that an earlier daemon has made.
-#[async_trait]
-pub trait Recovers: Engine {
-    /// An owned workload, as an earlier daemon left it. It runs unless `paused`, or
-    /// has ended.
-    ///
-    /// # Errors
-    /// When what is left of it can't be read.
-    async fn find(
-        &self,
-        id: WorkloadId,
-        name: &str,
-        config: &[u8],
-        paused: bool,
-    ) -> Result<Box<dyn Workload>, WorkloadError>;
-
-    /// The same, standing still whatever it did: it is not known whose it is.
-    ///
-    /// # Errors
-    /// When it can't be read or does not stand still.
-    async fn find_released(
-        &self,
-        id: WorkloadId,
-        name: &str,
-        paused: bool,
-    ) -> Result<Option<Box<dyn Workload>>, WorkloadError>;
-
-    /// The sealed copy of a workload, if it still lives.
-    ///
-    /// # Errors
-    /// When it can't be read.
-    async fn find_sealed(
-        &self,
-        id: WorkloadId,
-        name: &str,
-    ) -> Result<Option<Box<dyn Arriving>>, WorkloadError>;
-
-    /// Ends every workload that is not in `known`, and clears it away.
-    async fn sweep(&self, known: &std::collections::BTreeSet<WorkloadId>);
 }
 
 #[cfg(test)]

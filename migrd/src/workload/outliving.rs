@@ -3,19 +3,16 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
-};
 use prost::Message;
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use crate::sys::process::PidFd;
-use crate::sys::{fds, memfd};
+use crate::sys::{fds, memfd, sockets};
 
 /// The running binary, even if its file was replaced since.
 #[must_use]
@@ -28,14 +25,16 @@ pub fn own_program() -> PathBuf {
 /// # Errors
 /// When the path can't have one.
 pub fn control_socket(path: &Path) -> io::Result<OwnedFd> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&fd, Backlog::new(16)?)?;
-    Ok(fd)
+    sockets::listen_at(path, 16)
+}
+
+/// Connects to the one at `path`.
+///
+/// # Errors
+/// When there is none, or nobody listens at it.
+pub async fn connect(path: &Path) -> io::Result<UnixStream> {
+    let address = sockets::Address::of(path)?;
+    UnixStream::connect(address.path()).await
 }
 
 /// A configuration, as it is handed over.

@@ -10,10 +10,6 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
-};
-
 use super::Container;
 use super::relay::{Relay, Said};
 use super::runc::Running;
@@ -26,6 +22,7 @@ use crate::keeper::hold::{
 };
 use crate::keeper::lazy_pages::LazyPages;
 use crate::keeper::timers;
+use crate::sys::sockets::listen_at;
 
 /// How long runc may take to end when CRIU is done.
 const END: Duration = Duration::from_secs(30);
@@ -163,7 +160,7 @@ impl Restore<'_> {
         fs::write(bundle.join("descriptors.json"), serde_json::to_vec(&names)?)?;
         let socket = bundle.join("criu.sock");
         self.write_program(&bundle.join("criu"), &socket)?;
-        listener(&socket)
+        listen_at(&socket, 1)
     }
 
     /// The program that runc takes for CRIU, which it looks for by that name.
@@ -231,17 +228,6 @@ fn drive(
 /// A word for the shell.
 fn quoted(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', "'\\''"))
-}
-
-fn listener(path: &Path) -> io::Result<OwnedFd> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&fd, Backlog::new(1)?)?;
-    Ok(fd)
 }
 
 #[cfg(test)]

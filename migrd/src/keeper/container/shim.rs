@@ -19,6 +19,7 @@ use prost::Message;
 
 use crate::keeper::criu::rpc::{Request, RequestType};
 use crate::sys::fds;
+use crate::sys::sockets::Address;
 
 /// The longest request that is looked at (bytes).
 pub(super) const REQUEST_BYTES: usize = 64 << 10;
@@ -74,7 +75,7 @@ fn is_restore(socket: &OwnedFd) -> io::Result<bool> {
 
 /// Gives the keeper runc's end, and puts what it gets for it in its place.
 fn hand_over(socket: &mut OwnedFd, args: &ShimArgs) -> io::Result<()> {
-    let keeper = UnixStream::connect(&args.socket)?;
+    let keeper = UnixStream::connect(Address::of(&args.socket)?.path())?;
     fds::send(&keeper, &[1], &[socket.as_fd()])?;
     let mut answer = [0];
     // It has put this process where CRIU is to be by now.

@@ -19,7 +19,7 @@ const NOT_CARRIED: [&str; 2] = ["user", "time"];
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
     /// Not JSON.
-    #[error("config.json is not JSON ({0}): make one with `runc spec`")]
+    #[error("config.json is not a JSON object ({0}): make one with `runc spec`")]
     NotJson(String),
     /// Too long to be sent.
     #[error("config.json has {0} bytes: at most {MAX_SPEC} are taken")]

@@ -303,6 +303,7 @@ impl Journal {
                 }
                 Event::Created
                 | Event::Paused(_)
+                | Event::Ended(_)
                 | Event::Released(_)
                 | Event::Confirmed(_)
                 | Event::TakenBack(_)

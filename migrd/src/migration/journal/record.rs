@@ -87,6 +87,9 @@ pub struct WorkloadRecord {
     /// Who still has memory of it, and has to keep that. Only of one that is owned.
     #[serde(default)]
     pub filling: Option<Counterpart>,
+    /// Why it has ended, in words. Only of one that is owned.
+    #[serde(default)]
+    pub ended: Option<String>,
 }
 
 /// Something that happens to a record.
@@ -96,6 +99,8 @@ pub enum Event {
     Created,
     /// An operator paused or resumed it.
     Paused(bool),
+    /// It has ended by itself or was stopped: why. It never runs again.
+    Ended(String),
     /// The source gives it away. The one irrevocable step.
     Released(Counterpart),
     /// The peer says that it owns it.
@@ -143,6 +148,7 @@ impl WorkloadRecord {
             sealed: None,
             paused: false,
             filling: None,
+            ended: None,
         }
     }
 
@@ -196,13 +202,19 @@ impl WorkloadRecord {
                 (next.epoch, next.ownership) = (Epoch::FIRST, Ownership::Owned);
             }
             Event::Paused(paused) => {
-                if !self.owned() {
+                if !self.owned() || self.ended.is_some() {
                     return Err(refused());
                 }
                 next.paused = *paused;
             }
+            Event::Ended(why) => {
+                if !self.owned() || self.ended.is_some() {
+                    return Err(refused());
+                }
+                next.ended = Some(why.clone());
+            }
             Event::Released(to) => {
-                if !self.owned() || self.filling.is_some() {
+                if !self.owned() || self.filling.is_some() || self.ended.is_some() {
                     return Err(refused());
                 }
                 (next.epoch, next.ownership) = (self.epoch.next(), Ownership::Released(to.clone()));
@@ -229,7 +241,7 @@ impl WorkloadRecord {
                 let sealed = next.sealed.take().filter(|s| s.from.migration == *migration);
                 let sealed = sealed.ok_or_else(refused)?;
                 (next.epoch, next.ownership) = (sealed.epoch, Ownership::Owned);
-                next.paused = sealed.paused;
+                (next.paused, next.ended) = (sealed.paused, None);
                 next.filling = sealed.follows.then_some(sealed.from);
             }
             Event::Filled(migration) => {
@@ -241,7 +253,7 @@ impl WorkloadRecord {
                 sealed.ok_or_else(refused)?;
             }
             Event::NeverRan(source) => {
-                if !self.owned() {
+                if !self.owned() || self.ended.is_some() {
                     return Err(refused());
                 }
                 next.ownership = Ownership::Gone(source.clone());
@@ -254,7 +266,7 @@ impl WorkloadRecord {
                 if self.sealed.is_some() || self.epoch != *epoch {
                     return Err(refused());
                 }
-                next.filling = None;
+                (next.filling, next.ended) = (None, None);
                 next.ownership = match &self.ownership {
                     Ownership::Owned => Ownership::Removed(None),
                     Ownership::Gone(to) => Ownership::Removed(Some(to.clone())),
@@ -278,7 +290,7 @@ impl WorkloadRecord {
         } else {
             return None;
         }
-        self.ownership = Ownership::Owned;
+        (self.ownership, self.ended) = (Ownership::Owned, None);
         Some(())
     }
 

@@ -127,6 +127,9 @@ pub struct Context {
     pub progress: watch::Sender<Progress>,
     /// What stops cost on this host.
     pub fixed_cost: FixedCost,
+    /// How long it is to stand still if nothing goes ahead; zero: nothing to that host was
+    /// measured yet.
+    pub predicted: Duration,
     /// Where memory is served that stays here.
     pub serving: Serving,
     /// How many lanes to use.

@@ -19,7 +19,7 @@ use crate::migration::policy::{
 };
 use crate::pages::{PageBitmap, PageSet};
 use crate::units::{PAGE_SIZE, PageIndex, PageRun};
-use crate::workload::{StreamKey, Workload};
+use crate::workload::{Kind, StreamKey, Workload};
 
 /// How long the sampled pages are left alone before looking.
 const SAMPLE_WAIT: Duration = Duration::from_millis(20);
@@ -49,7 +49,10 @@ struct Rounds {
 
 impl Copied {
     /// Nothing is sent before the stop.
-    pub(super) fn nothing(run: Run) -> Self {
+    pub(super) fn nothing(mut run: Run) -> Self {
+        let predicted = run.context().predicted;
+        run.record.tally.predicted = predicted;
+        run.record.context.progress.send_modify(|p| p.predicted = predicted);
         Self(run)
     }
 
@@ -80,9 +83,22 @@ impl Copied {
 }
 
 impl Run {
+    /// Pages that need not be sent when `populated` are. What holds the images of a
+    /// process tree is as long as they could become, which says nothing of its memory.
+    pub(super) fn skipped(&self, populated: u64) -> u64 {
+        match self.context().identity.kind {
+            Kind::Process | Kind::Container => 0,
+            Kind::Vm => {
+                let streams = self.workload.streams();
+                let all: u64 = streams.iter().map(|s| s.length / PAGE_SIZE).sum();
+                all.saturating_sub(populated)
+            }
+        }
+    }
+
     async fn rounds(&mut self, interrupt: &mut Interrupt) -> Result<(), MigrationError> {
         let mut pending = self.workload.dirty().await?;
-        self.record.tally.skipped = skipped(self.workload.as_ref(), pending.count());
+        self.record.tally.skipped = self.skipped(pending.count());
         let mut rounds = Rounds {
             hot: find_hot(self.workload.as_mut(), &pending, interrupt).await?,
             best: None,
@@ -210,11 +226,6 @@ pub(super) fn no_lanes() -> MigrationError {
 }
 
 /// Pages of the workload that hold nothing, when `populated` of them do.
-pub(super) fn skipped(workload: &dyn Workload, populated: u64) -> u64 {
-    let all: u64 = workload.streams().iter().map(|s| s.length / PAGE_SIZE).sum();
-    all.saturating_sub(populated)
-}
-
 async fn find_hot(
     workload: &mut dyn Workload,
     pending: &PageSet,

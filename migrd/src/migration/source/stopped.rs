@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::precopy::{no_lanes, skipped};
+use super::precopy::no_lanes;
 use super::released::Released;
 use super::{ABANDON_WAIT, Aborted, Record, Run, send_pages, within};
 use crate::migration::failpoint;
@@ -138,9 +138,9 @@ impl Run {
             self.record.tally.followed_by(pages);
             let rounds: u64 = self.record.tally.rounds.iter().map(|round| round.pages).sum();
             let ahead = rounds + self.record.tally.file_pages;
-            self.record.tally.skipped = skipped(self.workload.as_ref(), ahead + pages);
+            self.record.tally.skipped = self.skipped(ahead + pages);
         } else if self.record.tally.rounds.is_empty() {
-            self.record.tally.skipped = skipped(self.workload.as_ref(), pages);
+            self.record.tally.skipped = self.skipped(pages);
         }
         let both = started.elapsed();
         self.record.tally.lanes = totals;

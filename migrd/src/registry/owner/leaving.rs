@@ -2,6 +2,7 @@
 //! is done while nobody knows whose it is.
 
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -109,6 +110,7 @@ impl Owner {
             shutdown: self.shared.shutdown.clone(),
             progress,
             fixed_cost: self.shared.fixed_cost(self.record.identity.kind).clone(),
+            predicted: question.predicted().map_or(Duration::ZERO, |(_, downtime)| downtime),
             serving: self.shared.serving.clone(),
             lanes: self.shared.lanes,
         };

@@ -363,14 +363,33 @@ impl Owner {
     /// its memory, and least of all its disks, which others may want. Done
     /// before anybody hears of the end.
     async fn put_down_if_ended(&mut self) {
-        let ended = self.run_state.as_ref().is_some_and(|state| {
-            let state = state.borrow();
-            matches!(*state, RunState::Ended(_))
-        });
+        if self.end().is_none() {
+            return;
+        }
         let name = self.name();
         let Holding::Here(workload) = &mut self.holding else { return };
-        if ended && let Err(error) = workload.stop().await {
+        if let Err(error) = workload.stop().await {
             tracing::warn!(workload = name, %error, "what has ended holds on to something");
+        }
+        self.remember_end().await;
+    }
+
+    /// Why it has ended, if it has.
+    fn end(&self) -> Option<String> {
+        match &*self.run_state.as_ref()?.borrow() {
+            RunState::Ended(why) => Some(why.clone()),
+            RunState::Running | RunState::Paused => None,
+        }
+    }
+
+    /// Has the journal say why it has ended: what could be asked for that may be gone
+    /// when the next daemon starts.
+    async fn remember_end(&mut self) {
+        let known = self.record.ended.is_some() || !self.record.owned();
+        let Some(why) = self.end().filter(|_| !known) else { return };
+        if let Err(error) = self.journal(Event::Ended(why)).await {
+            let name = self.name();
+            tracing::warn!(workload = name, %error, "why it has ended is not in the journal");
         }
     }
 
@@ -380,6 +399,7 @@ impl Owner {
 
     async fn stop(&mut self) -> Result<(), RegistryError> {
         self.live("stopped")?.stop().await?;
+        self.remember_end().await;
         self.publish();
         Ok(())
     }
@@ -426,6 +446,7 @@ impl Owner {
         let done = work(workload.as_mut()).await;
         if ends && done.is_ok() {
             workload.stop().await?;
+            self.remember_end().await;
             self.publish();
             return Ok(started.elapsed());
         }

@@ -1,51 +1,39 @@
-//! Makes process trees, and finds those again that an earlier daemon has made.
+//! Makes process trees; [`super::recovering`] finds those again that an earlier daemon
+//! has made.
 //!
 //! Each tree has a directory of its own, named by the workload's id, and a cgroup
 //! named by host and workload: two daemons of one machine may hold copies of the
 //! same tree.
 
-use std::collections::BTreeSet;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
-use migr_proto::v1::{KeeperPhase, ProcessConfig, ProcessNeeds};
+use migr_proto::v1::ProcessConfig;
 use prost::Message;
 
 use super::arriving::{ArrivingTree, Parts};
-use super::carried;
-use super::container;
-use super::images::FIRST_STREAM;
-use super::keeper::{Keeper, KeeperError, KeeperSpec};
+use super::keeper::{Keeper, KeeperSpec};
 use super::net::{self, Network};
-use super::preflight::files;
+use super::offered::{lacking, offered, rootfs_of};
 use super::remains::{clear_cgroup, put_away, remove};
 use super::rootfs::{self, ROOTFS_STREAM};
 use super::running::Tree;
-use super::{Candidate, LOG_STREAM, MAX_IMAGE_STREAMS, Starts, log_spec, told, versions};
-use crate::host_memory::HostMemory;
+use super::{Candidate, LOG_STREAM, Starts, carried, container, told, versions};
 use crate::keeper::cgroup;
 use crate::keeper::container::runc_root;
 use crate::keeper::criu::Criu;
 use crate::units::WorkloadId;
-use crate::workload::link::LinkError;
 use crate::workload::vm::Site;
-use crate::workload::{
-    Arriving, Engine, Manifest, Problem, Recovers, StreamSpec, Workload, WorkloadError,
-};
+use crate::workload::{Arriving, Engine, Manifest, NetAddress, Problem, Workload, WorkloadError};
 
 /// The version of a [`ProcessConfig`] that this migrd writes.
 const CONFIG_VERSION: u32 = 1;
 /// The mode of directories: whoever connects to a tree's control socket owns the
 /// tree, and its log is for nobody else to read.
 const PRIVATE: u32 = 0o700;
-/// How long, and how often, a keeper that does not answer is given to be gone.
-const DYING_PAUSE: Duration = Duration::from_millis(50);
-const DYING_TRIES: u32 = 60;
 
 /// Makes process trees in the state directory.
 #[derive(Clone)]
@@ -96,8 +84,15 @@ impl ProcessEngine {
         self.directory.join(id.to_string())
     }
 
+    /// The directories that trees have theirs in; what was begun may have only the last
+    /// of them yet, or still.
+    pub(super) fn homes(&self) -> Vec<PathBuf> {
+        let came = self.runc.as_ref().map(|_| rootfs::places(&self.directory.join("any")));
+        [Some(self.directory.clone()), came].into_iter().flatten().collect()
+    }
+
     /// The cgroup of a workload on this host.
-    fn cgroup(&self, id: WorkloadId) -> Result<PathBuf, WorkloadError> {
+    pub(super) fn cgroup(&self, id: WorkloadId) -> Result<PathBuf, WorkloadError> {
         let root = cgroup::root().map_err(|e| WorkloadError::new(e.to_string()))?;
         let host = self.site.host.to_string();
         let host = host.get(..8).unwrap_or(&host);
@@ -110,7 +105,7 @@ impl ProcessEngine {
     }
 
     /// The version of the CRIU that works here; empty: none does.
-    fn criu_version(&self) -> String {
+    pub(super) fn criu_version(&self) -> String {
         self.version().unwrap_or_default()
     }
 
@@ -202,30 +197,27 @@ impl ProcessEngine {
         }
     }
 
-    async fn adopt(
+    /// What a tree arrives in whose keeper is there, and to which nothing is sent.
+    pub(super) fn parts(
         &self,
         id: WorkloadId,
-    ) -> Result<Option<(Arc<Keeper>, Option<Network>)>, WorkloadError> {
-        let cgroup = self.cgroup(id)?;
-        let mut keeper = Keeper::adopt(&self.place(id), cgroup.clone()).await;
-        for _ in 0..DYING_TRIES {
-            // One that was killed just now still accepts, and says nothing.
-            if !matches!(keeper, Err(KeeperError::Link(LinkError::Dead(_)))) {
-                break;
-            }
-            tokio::time::sleep(DYING_PAUSE).await;
-            keeper = Keeper::adopt(&self.place(id), cgroup.clone()).await;
+        keeper: Arc<Keeper>,
+        network: Option<Network>,
+        cgroup: PathBuf,
+    ) -> Parts {
+        Parts {
+            id,
+            directory: self.place(id),
+            cgroup,
+            keeper,
+            network,
+            images: Vec::new(),
+            rootfs: None,
+            tracks: self.tracks(),
+            lazy: self.fills_later(),
+            follows: false,
+            criu: self.criu_version(),
         }
-        let keeper = keeper.map_err(told("take it back"))?;
-        let Some(keeper) = keeper else { return Ok(None) };
-        let network = match &keeper.config().net {
-            // One that has ended is in no network any more.
-            Some(net) if keeper.init() != 0 && keeper.phase() != KeeperPhase::Ended => {
-                Some(Network::find(id, net, keeper.init()).await?)
-            }
-            _ => None,
-        };
-        Ok(Some((Arc::new(keeper), network)))
     }
 
     /// Makes room for the root file system that `manifest` brings, if it does; what
@@ -265,16 +257,9 @@ impl ProcessEngine {
             vec![Problem::new("engine", error.to_string(), "see the log of that host's migrd")]
         })
     }
-
-    async fn find_tree(&self, id: WorkloadId, paused: bool) -> Result<Option<Tree>, WorkloadError> {
-        let Some((keeper, network)) = self.adopt(id).await? else { return Ok(None) };
-        let cgroup = self.cgroup(id)?;
-        let tree = Tree::new(self.place(id), cgroup, keeper, network, paused, self.tracks())?;
-        Ok(Some(tree.written_by(self.criu_version())))
-    }
 }
 
-fn check(config: &ProcessConfig) -> Result<(), WorkloadError> {
+pub(super) fn check(config: &ProcessConfig) -> Result<(), WorkloadError> {
     if config.version > CONFIG_VERSION {
         return Err(WorkloadError::new(format!(
             "the process tree is of a newer version ({}) than this migrd knows \
@@ -333,6 +318,11 @@ impl Starts for ProcessEngine {
 
 #[async_trait]
 impl Engine for ProcessEngine {
+    fn addresses(&self, config: &[u8]) -> Vec<NetAddress> {
+        let net = ProcessConfig::decode(config).ok().and_then(|config| config.net);
+        net.map_or_else(Vec::new, |net| net::addresses(&net))
+    }
+
     async fn check(&self, manifest: &Manifest) -> Vec<Problem> {
         let mut problems = Vec::new();
         if let Some(problem) = self.problem() {
@@ -395,178 +385,14 @@ impl Engine for ProcessEngine {
         let others = [LOG_STREAM, ROOTFS_STREAM];
         let images = manifest.streams.iter().filter(|s| !others.contains(&s.key)).cloned();
         let images = images.collect();
-        let (tracks, lazy, criu) = (self.tracks(), self.fills_later(), self.criu_version());
+        let kept = self.parts(id, keeper, network, cgroup);
         let follows = manifest.follows;
-        let parts = Parts {
-            id,
-            directory,
-            cgroup,
-            keeper,
-            network,
-            images,
-            rootfs,
-            tracks,
-            lazy,
-            follows,
-            criu,
-        };
-        match ArrivingTree::new(parts) {
+        match ArrivingTree::new(Parts { images, rootfs, follows, ..kept }) {
             Ok(arriving) => Ok(Box::new(arriving)),
             Err(error) => {
                 self.clear(id).await;
                 Err(error)
             }
-        }
-    }
-}
-
-/// What of a tree's needs this host, with its CRIU, has not. A peer wrote them.
-async fn lacking(needs: &[u8], own_criu: &str) -> Vec<Problem> {
-    let remedy = "bring both daemons to the same version";
-    let odd = |what: String| vec![Problem::new("engine", what, remedy)];
-    let ProcessNeeds { files, resident_bytes, criu, rootfs: _ } = match ProcessNeeds::decode(needs)
-    {
-        Ok(needs) => needs,
-        Err(error) => return odd(format!("what the process tree needs is damaged: {error}")),
-    };
-    let files = match files::from_wire(files) {
-        Ok(files) => files,
-        Err(error) => return odd(error.to_string()),
-    };
-    let compared = tokio::task::spawn_blocking(move || files::compare(&files)).await;
-    let mut problems = compared.unwrap_or_else(|error| odd(error.to_string()));
-    problems.extend(versions::older(own_criu, &criu));
-    let (_, available) = HostMemory::of_this_host().read();
-    // Its images are freed as its processes take their memory.
-    if resident_bytes > available {
-        let (needs, has) = (resident_bytes >> 20, available >> 20);
-        let what = format!("its processes have {needs} MiB of memory and {has} MiB are free");
-        let remedy = "stop or move something away from that host, or choose another";
-        problems.push(Problem::new("memory", what, remedy));
-    }
-    problems
-}
-
-/// The stream of the root file system that comes along, if it does.
-fn rootfs_of(manifest: &Manifest) -> Option<&StreamSpec> {
-    manifest.streams.iter().find(|spec| spec.key == ROOTFS_STREAM)
-}
-
-/// What a peer offers, checked.
-fn offered(manifest: &Manifest) -> Result<ProcessConfig, WorkloadError> {
-    let config = ProcessConfig::decode(manifest.config.as_slice()).map_err(|e| {
-        WorkloadError::caused("the configuration of the process tree is damaged", e)
-    })?;
-    check(&config)?;
-    let odd = || WorkloadError::new("the streams of a process tree are not as they must be");
-    let (mut images, mut others) = (Vec::new(), 1);
-    for spec in &manifest.streams {
-        match spec.key {
-            LOG_STREAM if spec.length == log_spec().length => {}
-            ROOTFS_STREAM if carried::is_carried(&config) => others += 1,
-            _ => images.push(spec),
-        }
-    }
-    let count = images.len();
-    let right = images.iter().zip(FIRST_STREAM..).all(|(spec, key)| {
-        spec.key.0 == key && Some(spec.length) == images.first().map(|first| first.length)
-    });
-    let few = u32::try_from(count).is_ok_and(|count| count <= MAX_IMAGE_STREAMS);
-    if !right || !few || count + others != manifest.streams.len() {
-        return Err(odd());
-    }
-    Ok(config)
-}
-
-#[async_trait]
-impl Recovers for ProcessEngine {
-    async fn find(
-        &self,
-        id: WorkloadId,
-        _name: &str,
-        _config: &[u8],
-        paused: bool,
-    ) -> Result<Box<dyn Workload>, WorkloadError> {
-        let Some(mut tree) = self.find_tree(id, paused).await? else {
-            if let Ok(cgroup) = self.cgroup(id) {
-                // Without its keeper nothing of it can be held.
-                clear_cgroup(&cgroup).await;
-                container::clear(&self.place(id), &cgroup).await;
-            }
-            let why = "its keeper is gone: the host restarted, or it was stopped or killed";
-            let cgroup = self.cgroup(id).unwrap_or_default();
-            return Ok(Box::new(Tree::ended(self.place(id), cgroup, why)));
-        };
-        let done = match (tree.phase(), paused) {
-            (KeeperPhase::Dumping, _) => tree.thaw().await,
-            (KeeperPhase::Restored, _) => tree.release(paused).await,
-            (KeeperPhase::Empty | KeeperPhase::Paused, false) => tree.resume().await,
-            (KeeperPhase::Running, true) => tree.pause().await,
-            (KeeperPhase::Running, false) => {
-                tree.rejoin().await;
-                Ok(())
-            }
-            _ => Ok(()),
-        };
-        if let Err(error) = done {
-            // It is this host's all the same, and must not be taken for gone.
-            tracing::error!(%id, %error, "a process tree does not do what it should");
-        }
-        Ok(Box::new(tree))
-    }
-
-    async fn find_released(
-        &self,
-        id: WorkloadId,
-        _name: &str,
-        paused: bool,
-    ) -> Result<Option<Box<dyn Workload>>, WorkloadError> {
-        let Some(mut tree) = self.find_tree(id, paused).await? else { return Ok(None) };
-        if tree.phase() == KeeperPhase::Running {
-            tree.pause().await?;
-        }
-        Ok(Some(Box::new(tree)))
-    }
-
-    async fn find_sealed(
-        &self,
-        id: WorkloadId,
-        _name: &str,
-    ) -> Result<Option<Box<dyn Arriving>>, WorkloadError> {
-        let Some((keeper, network)) = self.adopt(id).await? else { return Ok(None) };
-        // Before it is complete nothing was sealed.
-        if keeper.phase() != KeeperPhase::Restored {
-            return Ok(None);
-        }
-        let (directory, cgroup) = (self.place(id), self.cgroup(id)?);
-        let (images, tracks, criu) = (Vec::new(), self.tracks(), self.criu_version());
-        let (rootfs, lazy, follows) = (None, self.fills_later(), false);
-        let parts = Parts {
-            id,
-            directory,
-            cgroup,
-            keeper,
-            network,
-            images,
-            rootfs,
-            tracks,
-            lazy,
-            follows,
-            criu,
-        };
-        Ok(Some(Box::new(ArrivingTree::new(parts)?)))
-    }
-
-    async fn sweep(&self, known: &BTreeSet<WorkloadId>) {
-        // What was begun may have no other directory yet, or none any more.
-        let came = self.runc.as_ref().map(|_| rootfs::places(&self.directory.join("any")));
-        let places = [Some(self.directory.clone()), came].into_iter().flatten();
-        for entry in places.filter_map(|place| std::fs::read_dir(place).ok()).flatten().flatten() {
-            let name = entry.file_name();
-            let id = name.to_str().and_then(|n| WorkloadId::from_str(n).ok());
-            let Some(id) = id.filter(|id| !known.contains(id)) else { continue };
-            tracing::info!(%id, "clearing away a process tree that this host does not own");
-            self.clear(id).await;
         }
     }
 }

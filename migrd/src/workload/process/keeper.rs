@@ -20,7 +20,7 @@ use crate::keeper::entry::number;
 use crate::sys::process::{PidFd, isolate};
 use crate::workload::link::{self, Dialect, Heard, LinkError};
 use crate::workload::outliving::{
-    config_file, control_socket, ended, greeting, last_words, own_program, watch_bell,
+    config_file, connect, control_socket, ended, greeting, last_words, own_program, watch_bell,
 };
 
 /// Name of the control socket in a tree's directory.
@@ -152,7 +152,7 @@ impl Keeper {
         let pid = start(spec)?;
         let process = PidFd::open(pid).map_err(system("watch the keeper"))?;
         let attached = async {
-            let socket = UnixStream::connect(directory.join(SOCKET)).await;
+            let socket = connect(&directory.join(SOCKET)).await;
             Self::attach(socket.map_err(system("connect to the keeper"))?).await
         };
         match attached.await {
@@ -172,7 +172,7 @@ impl Keeper {
     /// # Errors
     /// When there is one that does not answer as it should.
     pub async fn adopt(directory: &Path, cgroup: PathBuf) -> Result<Option<Self>, KeeperError> {
-        let socket = match UnixStream::connect(directory.join(SOCKET)).await {
+        let socket = match connect(&directory.join(SOCKET)).await {
             Ok(socket) => socket,
             Err(e) if matches!(e.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound) => {
                 return Ok(None);

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use migr_proto::v1 as proto;
 use prost::Message;
 
+use super::alive::Alive;
 use super::carried::is_carried;
 use super::preflight::{self, files};
 use super::rootfs::{self, Leaving};
-use super::running::Alive;
 use super::told;
 use crate::host_memory::HostMemory;
 use crate::keeper::container::Network;

@@ -13,6 +13,7 @@
 
 mod adopting;
 mod ahead;
+mod alive;
 mod arriving;
 mod carried;
 mod chains;
@@ -26,8 +27,10 @@ mod leaving;
 mod left;
 mod looking;
 pub mod net;
+mod offered;
 pub mod preflight;
 mod receiving;
+mod recovering;
 mod remains;
 pub mod rootfs;
 mod running;

@@ -36,7 +36,7 @@ mod frames;
 mod inside;
 mod route;
 
-pub use config::check;
+pub use config::{addresses, check};
 
 /// What the workload's interface is called inside.
 const INNER_NAME: &str = "eth0";

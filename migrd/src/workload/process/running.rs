@@ -11,23 +11,20 @@ use prost::Message;
 use tokio::sync::watch;
 
 use super::ahead::{Rounds, Size};
+use super::alive::Alive;
 use super::carried::{self, Carried};
 use super::chains::Chains;
 use super::follow::follow;
 use super::images::Images;
 use super::keeper::{Keeper, OUTPUT_LOG};
 use super::lacking::Lacking;
-use super::leaving::Dump;
 use super::left::Left;
-use super::looking::Found;
 use super::net::Network;
-use super::receiving::Receiving;
-use super::remains::{put_away, remove};
+use super::remains::remove;
 use super::streams::{TreeStreams, log_stream};
 use super::terminal::Stdio;
 use super::{image_streams, log_spec, to_wire, told, versions};
 use crate::pages::PageSet;
-use crate::serial_log::LogStream;
 use crate::workload::{
     Ahead, Carry, ChunkSource, Follows, Lacks, LeftMemory, Needing, Needs, NoStreams, Problem,
     ProcessOptions, RunState, StreamHash, StreamSpec, Terminal, Workload, WorkloadError,
@@ -40,41 +37,6 @@ pub(super) struct Tree {
     terminal: Arc<Stdio>,
     state: watch::Receiver<RunState>,
     alive: Option<Alive>,
-}
-
-/// A tree whose keeper lives.
-pub(super) struct Alive {
-    pub(super) directory: PathBuf,
-    pub(super) keeper: Arc<Keeper>,
-    pub(super) network: Option<Network>,
-    paused: bool,
-    pub(super) options: ProcessOptions,
-    /// Its images go to files, and not into memory.
-    pub(super) to_files: bool,
-    /// Its memory is to be the same whenever it is read.
-    verify: bool,
-    /// Its memory stays here until the destination asks for it.
-    follows: bool,
-    streams: Vec<StreamSpec>,
-    chunks: Arc<TreeStreams>,
-    /// What it has to find at a destination, as was seen last.
-    pub(super) found: Option<Arc<Found>>,
-    /// Version of the CRIU of this host.
-    pub(super) criu: String,
-    /// Whether the kernel tells what it writes to its memory.
-    pub(super) tracks: bool,
-    /// What its next snapshot can build on.
-    pub(super) chains: Chains,
-    /// What it has, as was seen last.
-    size: Size,
-    /// What of its memory went ahead.
-    rounds: Rounds,
-    /// Its root file system, if that moves with it.
-    pub(super) carried: Carried,
-    /// A dump that was begun.
-    dump: Option<Dump>,
-    /// Says why it ended if that was an operator's wish.
-    stopped: watch::Sender<Option<String>>,
 }
 
 impl Tree {
@@ -175,33 +137,6 @@ impl Tree {
     async fn becomes(&self, state: &RunState) {
         let mut seen = self.state.clone();
         let _ = seen.wait_for(|now| now == state || matches!(now, RunState::Ended(_))).await;
-    }
-}
-
-impl Alive {
-    /// The images may be as large as its memory, and nobody reads them any more.
-    fn forget_images(&mut self, log: LogStream) -> Result<(), WorkloadError> {
-        self.rounds = Rounds::default();
-        self.carried = Carried::default();
-        self.chunks = Arc::new(TreeStreams::new(log, Images::new(0, 0)?));
-        self.streams = vec![log_spec()];
-        Ok(())
-    }
-
-    async fn resume(&mut self) -> Result<(), WorkloadError> {
-        if let Some(network) = &self.network {
-            network.join().await?;
-        }
-        let resumed = match self.keeper.phase() {
-            KeeperPhase::Empty => self.keeper.done(Request::Start(proto::KeeperStart {})).await,
-            KeeperPhase::Dumping => self.keeper.done(Request::Thaw(proto::KeeperThaw {})).await,
-            KeeperPhase::Restored => {
-                let release = proto::KeeperRelease { paused: false };
-                self.keeper.done(Request::Release(release)).await
-            }
-            _ => self.keeper.done(Request::Resume(proto::KeeperResume {})).await,
-        };
-        resumed.map_err(told("let it run"))
     }
 }
 
@@ -369,50 +304,18 @@ impl Workload for Tree {
 
     async fn drain(&mut self) -> Result<(), WorkloadError> {
         let cgroup = self.cgroup.clone();
-        let alive = self.alive()?;
-        let images = alive.chunks.images().directory()?;
-        let (ahead, growing) = std::mem::take(&mut alive.rounds).into_stop();
-        let (parent, track) = match alive.to_files {
-            true => alive.chains.begin(alive.tracks),
-            false => (ahead, false),
-        };
-        // Where others are to have whole files, or images before these have the rest, CRIU
-        // writes its memory. In what it leaves in the processes the kernel still changes
-        // a few bytes while CRIU is at work, such as the CPU that a thread is on (rseq(2)).
-        let here = parent.is_empty() && !alive.verify && !alive.chunks.images().stay();
-        let (memory, page_server) = if here && versions::sends_pages(&alive.criu) {
-            let (memory, socket) = Receiving::start(&alive.chunks, &cgroup)?;
-            (Some(memory), Some(socket))
-        } else {
-            (None, None)
-        };
-        let follows = alive.follows && memory.is_some();
-        alive.dump = Some(Dump::after(growing, memory, follows));
-        let options = to_wire(alive.options);
-        let ready = alive.keeper.dump(images, options, parent, page_server, track).await;
-        ready.map_err(|error| WorkloadError::new(error.to_string()))
+        self.alive()?.make_ready(&cgroup).await
     }
 
     async fn freeze(&mut self) -> Result<(), WorkloadError> {
         if self.alive()?.dump.is_none() {
             self.drain().await?;
         }
-        let alive = self.alive()?;
-        // Nobody's answer to what it sent last may reach it any more, or it would
-        // have been acknowledged in vain.
-        let cut = match &alive.network {
-            Some(network) => network.cut().await,
-            None => Ok(()),
-        };
-        let stopped = match cut {
-            Ok(()) => alive.keeper.stop().await.map_err(told("stop it")),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = stopped {
+        let stopped = self.alive()?.stop().await;
+        if stopped.is_err() {
             self.rejoin().await;
-            return Err(error);
         }
-        Ok(())
+        stopped
     }
 
     async fn rest(&mut self) -> Result<Option<PageSet>, WorkloadError> {
@@ -456,28 +359,7 @@ impl Workload for Tree {
 
     async fn thaw(&mut self) -> Result<(), WorkloadError> {
         let log = log_stream(&self.directory);
-        let alive = self.alive()?;
-        let dump = alive.dump.take();
-        let writing = dump.as_ref().is_some_and(|dump| !dump.is_written());
-        if let Some(dump) = &dump {
-            dump.abort();
-        }
-        if writing && alive.keeper.phase() == KeeperPhase::Dumping {
-            // CRIU can't be told to end in the middle: it is when it can't write that
-            // it lets go of the processes.
-            if let Err(error) = alive.chunks.images().stop_growing() {
-                tracing::warn!(%error, "the processes wait until CRIU has written everything");
-            }
-        }
-        // It runs again in every case: without its network rather than not at all.
-        let joined = match &alive.network {
-            Some(network) => network.join().await.map(|()| network.announce_aside()),
-            None => Ok(()),
-        };
-        let thawed = alive.keeper.done(Request::Thaw(proto::KeeperThaw {})).await;
-        thawed.map_err(told("let it run again"))?;
-        alive.forget_images(log?)?;
-        joined
+        self.alive()?.go_on(log).await
     }
 
     async fn pause(&mut self) -> Result<(), WorkloadError> {
@@ -515,27 +397,17 @@ impl Workload for Tree {
             RunState::Running | RunState::Paused => "stopped by an operator".to_owned(),
         };
         alive.stopped.send_replace(Some(why));
-        end(alive, &self.cgroup).await;
+        alive.end(&self.cgroup).await;
         super::container::clear(&self.directory, &self.cgroup).await;
         Ok(())
     }
 
     async fn discard(mut self: Box<Self>) {
         if let Some(alive) = self.alive.take() {
-            end(alive, &self.cgroup).await;
+            alive.end(&self.cgroup).await;
         }
         super::container::clear(&self.directory, &self.cgroup).await;
         carried::clear(&self.directory).await;
         remove(&self.directory);
-    }
-}
-
-async fn end(alive: Alive, cgroup: &std::path::Path) {
-    let Alive { keeper, network, .. } = alive;
-    put_away(&keeper, cgroup).await;
-    if let Some(network) = network
-        && let Err(error) = network.remove().await
-    {
-        tracing::warn!(%error, "the network of a process tree stays behind");
     }
 }

@@ -25,7 +25,7 @@ use super::{all_streams, chain, cpu, failed, nets, streams, told};
 use crate::units::{HostId, WorkloadId};
 use crate::workload::outliving::own_program;
 use crate::workload::{
-    Arriving, Engine, Manifest, Problem, Recovers, StreamSpec, Workload, WorkloadError,
+    Arriving, Engine, Manifest, NetAddress, Problem, Recovers, StreamSpec, Workload, WorkloadError,
 };
 
 /// The most virtual CPUs of a VM.
@@ -283,6 +283,10 @@ pub(super) fn open(what: &str, path: &Path) -> Result<File, WorkloadError> {
 
 #[async_trait]
 impl Engine for VmEngine {
+    fn addresses(&self, config: &[u8]) -> Vec<NetAddress> {
+        proto::VmConfig::decode(config).map_or_else(|_| Vec::new(), |vm| nets::addresses(&vm.nets))
+    }
+
     async fn clear(&self, id: WorkloadId) {
         let directory = self.place(id);
         if !directory.exists() {

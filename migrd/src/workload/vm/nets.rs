@@ -15,7 +15,7 @@ use super::told;
 use crate::sys::tap::{self, Interface};
 use crate::units::Mac;
 use crate::vmm::virtio::net::HEADER_BYTES;
-use crate::workload::{Problem, WorkloadError};
+use crate::workload::{Address, NetAddress, Problem, WorkloadError};
 
 /// The most network interfaces of a VM.
 pub const MAX_NETS: usize = 4;
@@ -164,6 +164,16 @@ pub fn check(nets: &[NetConfig]) -> Result<(), WorkloadError> {
         }
     }
     Ok(())
+}
+
+/// The addresses of interfaces in the bridges that are named.
+pub(super) fn addresses(nets: &[NetConfig]) -> Vec<NetAddress> {
+    let joined = nets.iter().filter(|net| !net.bridge.is_empty());
+    let known = joined.filter_map(|net| {
+        let address = Address::Hardware(Mac::try_from(&net.mac[..]).ok()?);
+        Some(NetAddress { bridge: net.bridge.clone(), address })
+    });
+    known.collect()
 }
 
 /// Whether an interface may be named so: what Linux takes, in characters that are

@@ -132,15 +132,15 @@ pub(super) const CAUSES: &[Cause] = &[
     Cause {
         code: "file_changed",
         marks: &[&["File ", "has bad size"], &["File ", "has bad build-ID"]],
-        says: "an open file is another one at the destination",
+        says: "an open file is not what it was when the process was stopped",
         quoted: true,
-        remedy: "files, programs and libraries too, must be the same at both hosts: share them, \
-                 or copy this one",
+        remedy: "files, programs and libraries too, must be the same at both hosts, and nobody \
+                 else may write to them meanwhile: share them, or copy this one",
     },
     Cause {
         code: "file_missing",
         marks: &[&["Can't open file", "on restore"], &["Can't open file", "No such file"]],
-        says: "an open file cannot be opened at the destination",
+        says: "an open file cannot be opened where the process is to run",
         quoted: true,
         remedy: "files, programs and libraries too, must be the same at both hosts: share them, \
                  or copy this one",
@@ -148,21 +148,21 @@ pub(super) const CAUSES: &[Cause] = &[
     Cause {
         code: "pid_taken",
         marks: &[&["Can't fork for", "File exists"]],
-        says: "a process id is taken at the destination",
+        says: "a process id is taken where the process is to run",
         quoted: true,
         remedy: "run the workload in a pid namespace of its own, by \"migctl exec-process\"",
     },
     Cause {
         code: "address_taken",
         marks: &[&["Can't bind inet socket", "Address already in use"]],
-        says: "somebody at the destination listens where the process does",
+        says: "somebody else listens where the process does, on the host where it is to run",
         quoted: true,
         remedy: "end that one, or run the process in a network of its own",
     },
     Cause {
         code: "address_missing",
         marks: &[&["Can't bind inet socket", "Cannot assign requested address"]],
-        says: "the destination does not have an address that the process uses",
+        says: "the host where it is to run does not have an address that the process uses",
         quoted: true,
         remedy: "add the address there, or run the process in a network of its own",
     },
@@ -175,7 +175,7 @@ pub(super) const CAUSES: &[Cause] = &[
             &["CPU xfeatures has unsupported bits"],
             &["CPU xsave", "size mismatch"],
         ],
-        says: "the processes may use instructions that the destination's CPU does not have",
+        says: "the processes may use instructions that the CPU where they are to run does not have",
         quoted: true,
         remedy: "move them to a host whose CPU is the same or newer",
     },

@@ -188,7 +188,7 @@ fn the_file_that_is_in_the_way_is_named_in_plain_words() {
     );
     assert_eq!(
         failure.message,
-        "an open file is another one at the destination (File tmp/ff has bad size 12 (expect 5))"
+        "an open file is not what it was when the process was stopped (File tmp/ff has bad size 12 (expect 5))"
     );
 }
 

@@ -68,6 +68,7 @@ fn events() -> Vec<Event> {
     vec![
         Event::Created,
         Event::Paused(true),
+        Event::Ended("it exited with status 3".into()),
         Event::Released(peer(3)),
         Event::Confirmed(migration(1)),
         Event::Confirmed(migration(3)),
@@ -96,7 +97,7 @@ fn expected(before: &WorkloadRecord, event: &Event) -> Option<(u64, Ownership, b
     let removed = |to: Option<Counterpart>| Some((4, Removed(to), false));
     match (&before.ownership, sealed, event) {
         (Never, false, Event::Created) => Some((1, Owned, false)),
-        (Owned, _, Event::Paused(_)) => Some((4, Owned, sealed)),
+        (Owned, _, Event::Paused(_) | Event::Ended(_)) => Some((4, Owned, sealed)),
         (Owned, _, Event::Released(to)) => Some((5, Released(to.clone()), sealed)),
         (Released(to), _, Event::Confirmed(id)) if to.migration == *id => {
             Some((4, Gone(to.clone()), sealed))
@@ -143,7 +144,7 @@ fn every_event_does_to_every_standing_what_the_table_says() {
             }
         }
     }
-    assert_eq!(allowed, 41, "of {} pairs", standings().len() * events().len());
+    assert_eq!(allowed, 43, "of {} pairs", standings().len() * events().len());
 }
 
 #[test]
@@ -185,12 +186,32 @@ fn what_has_memory_at_its_source_is_not_given_away_until_that_has_come() {
 }
 
 #[test]
+fn what_has_ended_is_neither_given_away_nor_taken_for_what_never_ran() {
+    let owned = WorkloadRecord::never(identity()).after(&Event::Created).expect("allowed");
+    let end = Event::Ended("it exited with status 3".into());
+    let ended = owned.after(&end).expect("allowed");
+    assert_eq!(ended.ended.as_deref(), Some("it exited with status 3"));
+    assert_eq!((ended.epoch, ended.owned()), (owned.epoch, true));
+    let refused = [end, Event::Released(peer(1)), Event::NeverRan(peer(1)), Event::Paused(true)];
+    for event in refused {
+        ended.after(&event).expect_err(&format!("{event:?}"));
+    }
+    let removed = ended.after(&Event::Removed(ended.epoch)).expect("allowed");
+    let later = Sealed { epoch: Epoch(2), ..seal(2, 2) };
+    let sealed = removed.after(&Event::Sealed(later)).expect("a snapshot of it may come back");
+    for event in [Event::Activated(migration(2)), Event::ForcedHere] {
+        assert_eq!(sealed.after(&event).expect("allowed").ended, None, "{event:?}");
+    }
+}
+
+#[test]
 fn a_record_of_an_earlier_version_lacks_nothing() {
     let journal = in_memory();
     let whole = journal.record(&identity(), &Event::Sealed(seal(1, 2))).expect("created");
     let text = serde_json::to_string(&whole).expect("encodes");
     let earlier = text.replace(r#","follows":false"#, "").replace(r#","filling":null"#, "");
-    assert!(earlier.len() + 30 < text.len(), "{text}");
+    let earlier = earlier.replace(r#","ended":null"#, "");
+    assert!(earlier.len() + 40 < text.len(), "{text}");
     put_raw(&journal, earlier.as_bytes());
     assert_eq!(journal.get(identity().id).expect("a record"), Some(whole));
 }
@@ -316,6 +337,7 @@ fn any_event() -> impl Strategy<Value = Event> {
     prop_oneof![
         Just(Event::Created),
         any::<bool>().prop_map(Event::Paused),
+        Just(Event::Ended("it was ended by SIGKILL".into())),
         (1_u8..4).prop_map(|n| Event::Released(peer(n))),
         id().prop_map(Event::Confirmed),
         id().prop_map(Event::TakenBack),
@@ -352,6 +374,7 @@ fn replay(journal: &Journal, history: &[Event]) -> WorkloadRecord {
                 let released = matches!(next.ownership, Ownership::Released(_));
                 assert!(copy.is_none() || !released, "{event:?}: released and sealed");
                 assert!(next.filling.is_none() || next.owned(), "{event:?}: fills and not owned");
+                assert!(next.ended.is_none() || next.owned(), "{event:?}: ended and not owned");
                 if let Event::Discarded(id) | Event::NeverRan(Counterpart { migration: id, .. }) =
                     event
                 {

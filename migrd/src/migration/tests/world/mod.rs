@@ -180,6 +180,7 @@ impl World {
                 shutdown: CancellationToken::new(),
                 progress: watch::Sender::new(Progress::default()),
                 fixed_cost: FixedCost::default(),
+                predicted: Duration::ZERO,
                 serving: task_host.with_daemon(|d| d.serving.clone()).expect("a daemon"),
                 lanes: 2,
             };

@@ -7,8 +7,8 @@ use migr_proto::v1::ProcessNet;
 
 use crate::sys::tap;
 use crate::units::{Mac, WorkloadId};
-use crate::workload::WorkloadError;
 use crate::workload::vm::nets::{is_address, is_name, show_mac};
+use crate::workload::{Address, NetAddress, WorkloadError};
 
 /// What the names of the hosts' ends begin with.
 const NAME_PREFIX: &str = "mgp";
@@ -67,6 +67,16 @@ impl Plan {
 /// What can't be, and what could.
 pub fn check(config: &ProcessNet) -> Result<(), WorkloadError> {
     Plan::new(WorkloadId::from_bytes([0; 16]), config).map(|_| ())
+}
+
+/// The addresses that it asks for. The hardware address is not among them where it
+/// follows from the workload's id.
+#[must_use]
+pub fn addresses(config: &ProcessNet) -> Vec<NetAddress> {
+    let ip = parse_address(&config.address).ok().map(|(ip, _)| Address::Ip(ip));
+    let mac = Mac::try_from(&config.mac[..]).ok().map(Address::Hardware);
+    let known = [ip, mac].into_iter().flatten();
+    known.map(|address| NetAddress { bridge: config.bridge.clone(), address }).collect()
 }
 
 /// Administered by nobody (IEEE 802, 8.4), and of the workload's own. These

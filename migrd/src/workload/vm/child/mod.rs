@@ -14,7 +14,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use migr_proto::v1::{self as proto, child_reply, child_request};
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 
 use super::link::Link;
@@ -22,6 +21,7 @@ use crate::pages::PageSet;
 use crate::sys::mapping::GuestMapping;
 use crate::sys::process::PidFd;
 use crate::vmm::{memory, pages};
+use crate::workload::outliving::connect;
 
 pub use attach::SerialOutput;
 pub use devices::{Backing, Device};
@@ -102,7 +102,7 @@ impl Child {
         let pid = process.id();
         let process = PidFd::open(pid).map_err(system("watch the VM's process"))?;
         let attached = async {
-            let socket = UnixStream::connect(directory.join(SOCKET)).await;
+            let socket = connect(&directory.join(SOCKET)).await;
             let socket = socket.map_err(system("connect to the VM's process"))?;
             Self::attach(socket, &directory, pid).await
         };
@@ -122,7 +122,7 @@ impl Child {
     /// # Errors
     /// When there is one that does not answer as it should.
     pub async fn adopt(directory: &Path) -> Result<Option<Self>, ChildError> {
-        let socket = match UnixStream::connect(directory.join(SOCKET)).await {
+        let socket = match connect(&directory.join(SOCKET)).await {
             Ok(socket) => socket,
             Err(e) if matches!(e.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound) => {
                 return Ok(None);

@@ -1,0 +1,36 @@
+//! The addresses that a workload has in the networks of its host: no other there may
+//! have one of them.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use super::vm::nets::show_mac;
+use crate::units::Mac;
+
+/// An address in one network of a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetAddress {
+    /// The bridge that the network is joined by.
+    pub bridge: String,
+    /// The address.
+    pub address: Address,
+}
+
+/// What others in a network know a workload by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// Of its interface (IEEE 802, 8.2).
+    Hardware(Mac),
+    /// Of the internet protocol.
+    Ip(IpAddr),
+}
+
+impl fmt::Display for NetAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Address::Hardware(mac) => write!(f, "the hardware address {}", show_mac(&mac))?,
+            Address::Ip(ip) => write!(f, "the address {ip}")?,
+        }
+        write!(f, " in the bridge {}", self.bridge)
+    }
+}
