@@ -281,10 +281,18 @@ fn print(report: &Report) {
     println!("\nTargets{:>48}{:>10}", "limit", "found");
     for target in &report.targets {
         let verdict = if target.met { "met" } else { "MISSED" };
-        println!("  {:<43}{:>10.1}{:>10.1}  {verdict}", target.what, target.limit, target.found);
+        let Target { what, limit, found, .. } = target;
+        let digits = digits(*limit);
+        println!("  {what:<43}{limit:>10.digits$}{found:>10.digits$}  {verdict}");
     }
 }
 
 fn line(label: &str, Spread { min, median, max }: Spread) {
-    println!("  {label:<58}{min:>10.1}{median:>10.1}{max:>10.1}");
+    let digits = digits(max);
+    println!("  {label:<58}{min:>10.digits$}{median:>10.digits$}{max:>10.digits$}");
+}
+
+/// How many digits a figure as large as that has behind its point.
+fn digits(largest: f64) -> usize {
+    if largest < 10.0 { 2 } else { 1 }
 }

@@ -28,6 +28,7 @@ use migr_proto::v1::{self as proto, keeper_message, keeper_reply, keeper_request
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::cgroup::Cgroup;
+use super::connections;
 use super::container::{self, Container};
 use super::criu::Failure;
 use super::entry::{Fds, KeeperArgs};
@@ -216,6 +217,13 @@ impl Control {
             return Ok(());
         }
         self.expect(matches!(self.phase, Phase::Paused), "resume")?;
+        // While it stood still, or was on its way, the other ends of its connections may
+        // have had no answer: they would all wait for a timer, of a second or more.
+        if self.network.is_some()
+            && let Err(error) = connections::probe(&self.cgroup)
+        {
+            eprintln!("its connections may be slow to go on: {error}");
+        }
         self.cgroup.set_frozen(false)?;
         self.phase = Phase::Running;
         Ok(())

@@ -5,20 +5,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use migr_proto::v1 as proto;
 use migr_proto::v1::keeper_request::Request;
-use migr_proto::v1::{self as proto, KeeperPhase};
 use prost::Message;
 
 use super::images::{APPENDED, Images};
 use super::keeper::{Keeper, OUTPUT_LOG};
 use super::lacking::Lacking;
 use super::leaving::STATE_VERSION;
+use super::letting_go::let_go;
 use super::net::{self, Network};
 use super::remains::{put_away, remove};
 use super::rootfs::{self, ROOTFS_STREAM};
 use super::running::Tree;
 use super::streams::TreeStreams;
-use super::{LOG_STREAM, failed, log_spec, told, versions};
+use super::{LOG_STREAM, failed, log_spec, versions};
 use crate::host_memory::HostMemory;
 use crate::serial_log::LogStream;
 use crate::units::WorkloadId;
@@ -230,30 +231,7 @@ impl Arriving for ArrivingTree {
     }
 
     async fn start(&mut self, paused: bool) -> Result<(), WorkloadError> {
-        // Until it runs here for good its kernel must acknowledge nothing: the source,
-        // should it go on instead, would never see what was acknowledged.
-        if let Some(network) = &self.network {
-            network.ready().await?;
-        }
-        match self.keeper.phase() {
-            // A keeper that did it before the daemon that asked went away.
-            KeeperPhase::Running | KeeperPhase::Paused => {}
-            _ => {
-                let release = proto::KeeperRelease { paused };
-                let released = self.keeper.done(Request::Release(release)).await;
-                released.map_err(told("let it run"))?;
-            }
-        }
-        if let Some(network) = &self.network {
-            // It runs, and runs nowhere else: without a network it is better off than
-            // killed.
-            match network.join().await {
-                Ok(()) => network.announce_aside(),
-                Err(error) => {
-                    tracing::error!(id = %self.id, %error, "a process tree has no network");
-                }
-            }
-        }
+        let_go(&self.keeper, self.network.as_ref(), paused).await?;
         if self.tree.is_none() {
             self.tree = Some(self.make(paused)?);
         }

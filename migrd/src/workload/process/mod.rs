@@ -25,6 +25,7 @@ mod keeper;
 mod lacking;
 mod leaving;
 mod left;
+mod letting_go;
 mod looking;
 pub mod net;
 mod offered;

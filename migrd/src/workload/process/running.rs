@@ -19,6 +19,7 @@ use super::images::Images;
 use super::keeper::{Keeper, OUTPUT_LOG};
 use super::lacking::Lacking;
 use super::left::Left;
+use super::letting_go::let_go;
 use super::net::Network;
 use super::remains::remove;
 use super::streams::{TreeStreams, log_stream};
@@ -105,13 +106,7 @@ impl Tree {
     /// Lets a restored tree go that an earlier daemon has not.
     pub(super) async fn release(&mut self, paused: bool) -> Result<(), WorkloadError> {
         let alive = self.alive()?;
-        if let Some(network) = &alive.network {
-            network.ready().await?;
-        }
-        let release = proto::KeeperRelease { paused };
-        alive.keeper.done(Request::Release(release)).await.map_err(told("let it run"))?;
-        self.rejoin().await;
-        Ok(())
+        let_go(&alive.keeper, alive.network.as_ref(), paused).await
     }
 
     /// Joins the network of a tree that runs: an earlier daemon may have cut it off

@@ -100,7 +100,12 @@ impl Ends {
         let name = config::name_of(self.plan.id);
         let mut host = Route::open().map_err(system("ask about", &name))?;
         host.switch(self.outer, true).map_err(system("switch on", &name))?;
-        self.wait_for_both(&mut host).map_err(system("look at", &name))
+        self.wait_for_both(&mut host).map_err(system("look at", &name))?;
+        // What was made anew or retransmitted while nothing went through was asked after
+        // in vain.
+        Route::of(self.namespace.as_fd())
+            .and_then(|mut there| there.forget_the_silent(self.inner))
+            .map_err(system("look at the neighbours of", &name))
     }
 
     /// Until then the kernel drops every frame, and says nothing.
@@ -168,4 +173,50 @@ pub(super) fn name_is_free(id: WorkloadId) -> Result<(), NetError> {
 /// must not be taken for it.
 pub(super) fn is_of(link: &Link, id: WorkloadId) -> bool {
     link.is_veth && config::id_in(&link.alias) == Some(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::process::Command;
+
+    use migr_proto::v1::ProcessNet;
+    use netlink_packet_route::AddressFamily;
+
+    use super::super::route::is_asked;
+    use super::*;
+
+    fn ip(words: &str) {
+        let status = Command::new("ip").args(words.split(' ')).status();
+        assert!(status.expect("install iproute2").success(), "ip {words}");
+    }
+
+    #[test]
+    fn who_was_asked_in_vain_is_asked_again_when_it_is_joined() {
+        let host = netns::make().expect("run the tests as root");
+        let looked = netns::within(host.as_fd(), || {
+            ip("link add br0 type bridge");
+            ip("link set br0 up");
+            let net = ProcessNet {
+                address: "10.97.0.5/24".into(),
+                bridge: "br0".into(),
+                ..ProcessNet::default()
+            };
+            let ends = Ends::make(Plan::new(WorkloadId::random(), &net).unwrap()).unwrap();
+            let asked = || {
+                let mut there = Route::of(ends.namespace.as_fd()).unwrap();
+                let all = there.neighbours(AddressFamily::Inet).unwrap();
+                all.iter().filter(|neighbour| is_asked(neighbour)).count()
+            };
+            let speak = || {
+                let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                socket.send_to(b"is anybody there", "10.97.0.9:9").unwrap();
+            };
+            netns::within(ends.namespace.as_fd(), speak).unwrap();
+            let cut = asked();
+            ends.join().unwrap();
+            (cut, asked())
+        });
+        assert_eq!(looked.unwrap(), (1, 0));
+    }
 }

@@ -1,20 +1,22 @@
 //! What the kernel is asked about interfaces, addresses and routes (rtnetlink(7)).
 //!
 //! Only single interfaces are asked for: a list of all would fail on the first
-//! of some strange kind.
+//! of some strange kind. Of neighbours, those of a strange kind are left out.
 
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkBuffer, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
     LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
 };
+use netlink_packet_route::neighbour::{NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -182,8 +184,69 @@ impl Route {
         self.tell(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
     }
 
+    /// Forgets the neighbours at an interface that were asked for their hardware address
+    /// and have not answered: they are asked at once when something is sent to them, and
+    /// not when a second is over (RFC 1122, 2.3.2.1; RFC 4861, 7.2.2).
+    pub(super) fn forget_the_silent(&mut self, index: u32) -> io::Result<()> {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            for found in self.neighbours(family)? {
+                if found.header.ifindex != index || !is_asked(&found) {
+                    continue;
+                }
+                match self.tell(RouteNetlinkMessage::DelNeighbour(found), 0) {
+                    // It is gone by itself.
+                    Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+                    other => other?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn neighbours(
+        &mut self,
+        family: AddressFamily,
+    ) -> io::Result<Vec<NeighbourMessage>> {
+        let mut about = NeighbourMessage::default();
+        about.header.family = family;
+        self.send(RouteNetlinkMessage::GetNeighbour(about), NLM_F_DUMP)?;
+        let mut all = Vec::new();
+        loop {
+            let (bytes, _) = self.socket.recv_from_full()?;
+            let mut rest = bytes.as_slice();
+            while let Ok(next) = NetlinkBuffer::new_checked(rest) {
+                let length = usize::try_from(next.length()).unwrap_or(rest.len());
+                let message = rest.get(..length).unwrap_or_default();
+                match NetlinkMessage::<RouteNetlinkMessage>::deserialize(message) {
+                    Ok(read) if read.header.sequence_number != self.sequence => {}
+                    Ok(read) => match read.payload {
+                        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNeighbour(found)) => {
+                            all.push(found);
+                        }
+                        NetlinkPayload::Done(_) => return Ok(all),
+                        NetlinkPayload::Error(error) => return Err(error.to_io()),
+                        _ => {}
+                    },
+                    Err(error) => tracing::debug!(%error, "a neighbour of a strange kind"),
+                }
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            }
+        }
+    }
+
     fn tell(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         self.ask(message, NLM_F_ACK | flags).map(|_| ())
+    }
+
+    fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.sequence += 1;
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | flags;
+        request.header.sequence_number = self.sequence;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0).map(drop)
     }
 
     /// Sends one request; returns the kernel's one answer, or `None` for a yes.
@@ -192,14 +255,7 @@ impl Route {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> io::Result<Option<RouteNetlinkMessage>> {
-        self.sequence += 1;
-        let mut request = NetlinkMessage::from(message);
-        request.header.flags = NLM_F_REQUEST | flags;
-        request.header.sequence_number = self.sequence;
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-        self.socket.send(&bytes, 0)?;
+        self.send(message, flags)?;
         loop {
             let (bytes, _) = self.socket.recv_from_full()?;
             let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&bytes);
@@ -217,6 +273,11 @@ impl Route {
             };
         }
     }
+}
+
+/// Whether it is being asked for its hardware address.
+pub(super) fn is_asked(neighbour: &NeighbourMessage) -> bool {
+    neighbour.header.state == NeighbourState::Incomplete
 }
 
 fn family(address: IpAddr) -> AddressFamily {
