@@ -294,11 +294,24 @@ impl Owner {
     }
 
     fn learn_rate(&self, report: &Report) {
-        let largest = report.tally.rounds.iter().max_by_key(|r| r.bytes);
-        if let Some(round) =
-            largest.filter(|r| r.bytes > 1 << 24 && report.outcome == Outcome::Completed)
-        {
-            let rate = approximate(round.bytes) / round.took.as_secs_f64().max(1e-6);
+        let tally = &report.tally;
+        let largest = tally.rounds.iter().max_by_key(|r| r.bytes);
+        let (bytes, took) = match (largest, report.mode) {
+            (Some(round), _) => (round.bytes, round.took),
+            (None, Mode::Stop) => {
+                let (bytes, memory) = (tally.lanes.bytes_on_wire, tally.downtime.memory);
+                let made = match self.record.identity.kind {
+                    Kind::Vm => Duration::ZERO,
+                    // Which is beside the rate in a prediction.
+                    Kind::Process | Kind::Container => making(bytes / PAGE_SIZE),
+                };
+                (bytes, memory.saturating_sub(made).max(memory / 4))
+            }
+            // What follows goes as it is asked for.
+            (None, Mode::Precopy | Mode::Postcopy) => return,
+        };
+        if bytes > 1 << 24 && report.outcome == Outcome::Completed {
+            let rate = approximate(bytes) / took.as_secs_f64().max(1e-6);
             let mut rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
             rates.insert(report.destination.clone(), rate);
         }

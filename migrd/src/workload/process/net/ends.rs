@@ -8,13 +8,25 @@ use std::time::{Duration, Instant};
 use super::config::{self, Plan};
 use super::error::{NetError, system};
 use super::route::{Link, Route, Veth};
-use super::{INNER_NAME, inside};
+use super::{INNER_NAME, frames, inside};
 use crate::sys::netns::{self, FrameSocket};
 use crate::units::WorkloadId;
 use crate::workload::vm::nets::{self, own_address};
 
 /// The kernel switches frames through a moment after both ends are on.
 const UNTIL_IT_WORKS: Duration = Duration::from_millis(300);
+
+/// How much smaller packets are inside until it is joined (bytes). A connection that CRIU
+/// makes there counts with segments of 536 bytes (RFC 9293, 3.7.1) until the kernel sees
+/// another limit than it saw first.
+const NARROWER: u32 = 8;
+/// The smallest packets of IPv6 (RFC 8200, 5), in bytes.
+const SMALLEST: u32 = 1280;
+
+/// The limit inside before it is joined, of one whose outer end has that.
+fn narrow(mtu: u32) -> u32 {
+    mtu.checked_sub(NARROWER).filter(|less| *less >= SMALLEST).unwrap_or(mtu)
+}
 
 /// Both ends of it.
 #[derive(Debug)]
@@ -42,6 +54,7 @@ impl Ends {
             peer_mac: plan.mac,
             peer_namespace: namespace.as_fd(),
             mtu,
+            peer_mtu: narrow(mtu),
         };
         host.add_veth(&veth).map_err(|e| match e.raw_os_error() {
             Some(libc::EEXIST) => NetError::NameTaken { name: name.clone() },
@@ -101,11 +114,39 @@ impl Ends {
         let mut host = Route::open().map_err(system("ask about", &name))?;
         host.switch(self.outer, true).map_err(system("switch on", &name))?;
         self.wait_for_both(&mut host).map_err(system("look at", &name))?;
-        // What was made anew or retransmitted while nothing went through was asked after
-        // in vain.
-        Route::of(self.namespace.as_fd())
-            .and_then(|mut there| there.forget_the_silent(self.inner))
-            .map_err(system("look at the neighbours of", &name))
+        self.open_up(&mut host).map_err(system("look into the namespace of", &name))?;
+        self.ask_again()
+    }
+
+    /// Asks for the neighbours that the kernel inside has asked for in vain: it holds what
+    /// CRIU and the workload had to say to them, and would ask in a second.
+    fn ask_again(&self) -> Result<(), NetError> {
+        let name = config::name_of(self.plan.id);
+        let asked = Route::of(self.namespace.as_fd()).and_then(|mut there| there.asked(self.inner));
+        let asked = asked.map_err(system("look at the neighbours of", &name))?;
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let socket = self.frame_socket()?;
+        let questions =
+            asked.iter().filter_map(|of| frames::question(self.plan.mac, self.plan.address, *of));
+        for question in questions {
+            socket.send(&question).map_err(system("ask the neighbours of", &name))?;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel inside see the right size of packets.
+    fn open_up(&self, host: &mut Route) -> io::Result<()> {
+        let mut there = Route::of(self.namespace.as_fd())?;
+        let (outer, inner) = (host.numbered(self.outer)?, there.numbered(self.inner)?);
+        // What the workload has chosen itself stays.
+        if let (Some(outer), Some(inner)) = (outer, inner)
+            && inner.mtu == narrow(outer.mtu)
+        {
+            there.set_mtu(self.inner, outer.mtu)?;
+        }
+        Ok(())
     }
 
     /// Until then the kernel drops every frame, and says nothing.
@@ -181,9 +222,7 @@ mod tests {
     use std::process::Command;
 
     use migr_proto::v1::ProcessNet;
-    use netlink_packet_route::AddressFamily;
 
-    use super::super::route::is_asked;
     use super::*;
 
     fn ip(words: &str) {
@@ -197,6 +236,8 @@ mod tests {
         let looked = netns::within(host.as_fd(), || {
             ip("link add br0 type bridge");
             ip("link set br0 up");
+            ip("addr add 10.97.0.9/24 dev br0");
+            let other = UdpSocket::bind("10.97.0.9:9").unwrap();
             let net = ProcessNet {
                 address: "10.97.0.5/24".into(),
                 bridge: "br0".into(),
@@ -205,8 +246,7 @@ mod tests {
             let ends = Ends::make(Plan::new(WorkloadId::random(), &net).unwrap()).unwrap();
             let asked = || {
                 let mut there = Route::of(ends.namespace.as_fd()).unwrap();
-                let all = there.neighbours(AddressFamily::Inet).unwrap();
-                all.iter().filter(|neighbour| is_asked(neighbour)).count()
+                there.asked(ends.inner).unwrap().len()
             };
             let speak = || {
                 let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
@@ -215,6 +255,13 @@ mod tests {
             netns::within(ends.namespace.as_fd(), speak).unwrap();
             let cut = asked();
             ends.join().unwrap();
+            let outer = Route::open().unwrap().numbered(ends.outer).unwrap().unwrap();
+            let mut there = Route::of(ends.namespace.as_fd()).unwrap();
+            let inner = there.numbered(ends.inner).unwrap().unwrap();
+            assert_eq!(inner.mtu, outer.mtu, "the right size once it is joined");
+            let mut heard = [0; 16];
+            other.recv(&mut heard).expect("what was said before");
+            assert_eq!(&heard, b"is anybody there");
             (cut, asked())
         });
         assert_eq!(looked.unwrap(), (1, 0));

@@ -16,7 +16,9 @@ use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
     LinkExtentMask, LinkFlags, LinkInfo, LinkMessage, State,
 };
-use netlink_packet_route::neighbour::{NeighbourMessage, NeighbourState};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
 use netlink_packet_route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -51,8 +53,10 @@ pub(super) struct Veth<'a> {
     pub(super) peer_name: &'a str,
     pub(super) peer_mac: Mac,
     pub(super) peer_namespace: BorrowedFd<'a>,
-    /// Of both, in bytes.
+    /// In bytes.
     pub(super) mtu: u32,
+    /// Of the other end.
+    pub(super) peer_mtu: u32,
 }
 
 /// A way to ask the kernel about one namespace.
@@ -98,16 +102,16 @@ impl Route {
 
     /// Makes a veth pair. Both ends are off.
     pub(super) fn add_veth(&mut self, veth: &Veth<'_>) -> io::Result<()> {
-        let end = |name: &str, mac: Mac| {
+        let end = |name: &str, mac: Mac, mtu| {
             vec![
                 LinkAttribute::IfName(name.to_owned()),
                 LinkAttribute::Address(mac.to_vec()),
-                LinkAttribute::Mtu(veth.mtu),
+                LinkAttribute::Mtu(mtu),
             ]
         };
-        let mut inner = end(veth.peer_name, veth.peer_mac);
+        let mut inner = end(veth.peer_name, veth.peer_mac, veth.peer_mtu);
         inner.push(LinkAttribute::NetNsFd(veth.peer_namespace.as_raw_fd()));
-        let mut outer = end(veth.name, veth.mac);
+        let mut outer = end(veth.name, veth.mac, veth.mtu);
         outer.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(link_message(0, inner)))),
@@ -134,6 +138,11 @@ impl Route {
         message.header.change_mask = LinkFlags::Up;
         message.header.flags = if on { LinkFlags::Up } else { LinkFlags::empty() };
         self.set(message)
+    }
+
+    /// Sets how large packets may be, in bytes.
+    pub(super) fn set_mtu(&mut self, index: u32, mtu: u32) -> io::Result<()> {
+        self.set(link_message(index, vec![LinkAttribute::Mtu(mtu)]))
     }
 
     fn set(&mut self, message: LinkMessage) -> io::Result<()> {
@@ -184,29 +193,18 @@ impl Route {
         self.tell(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
     }
 
-    /// Forgets the neighbours at an interface that were asked for their hardware address
-    /// and have not answered: they are asked at once when something is sent to them, and
-    /// not when a second is over (RFC 1122, 2.3.2.1; RFC 4861, 7.2.2).
-    pub(super) fn forget_the_silent(&mut self, index: u32) -> io::Result<()> {
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            for found in self.neighbours(family)? {
-                if found.header.ifindex != index || !is_asked(&found) {
-                    continue;
-                }
-                match self.tell(RouteNetlinkMessage::DelNeighbour(found), 0) {
-                    // It is gone by itself.
-                    Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
-                    other => other?,
-                }
-            }
-        }
-        Ok(())
+    /// The neighbours at an interface that are being asked for their hardware address. The
+    /// kernel asks again when a second is over (RFC 1122, 2.3.2.1; RFC 4861, 7.2.2), and
+    /// keeps what is to be sent to them.
+    pub(super) fn asked(&mut self, index: u32) -> io::Result<Vec<IpAddr>> {
+        let mut all = self.neighbours(AddressFamily::Inet)?;
+        all.extend(self.neighbours(AddressFamily::Inet6)?);
+        let here = all.into_iter().filter(|found| found.header.ifindex == index);
+        let asked = here.filter(|found| found.header.state == NeighbourState::Incomplete);
+        Ok(asked.flat_map(|found| found.attributes).filter_map(address_in).collect())
     }
 
-    pub(super) fn neighbours(
-        &mut self,
-        family: AddressFamily,
-    ) -> io::Result<Vec<NeighbourMessage>> {
+    fn neighbours(&mut self, family: AddressFamily) -> io::Result<Vec<NeighbourMessage>> {
         let mut about = NeighbourMessage::default();
         about.header.family = family;
         self.send(RouteNetlinkMessage::GetNeighbour(about), NLM_F_DUMP)?;
@@ -275,9 +273,12 @@ impl Route {
     }
 }
 
-/// Whether it is being asked for its hardware address.
-pub(super) fn is_asked(neighbour: &NeighbourMessage) -> bool {
-    neighbour.header.state == NeighbourState::Incomplete
+fn address_in(attribute: NeighbourAttribute) -> Option<IpAddr> {
+    match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(address.into()),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(address.into()),
+        _ => None,
+    }
 }
 
 fn family(address: IpAddr) -> AddressFamily {
