@@ -17,7 +17,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub memory: u64,
     /// Number of virtual CPUs.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_cpus)]
     pub cpus: u32,
     /// Kernel command line.
     #[arg(long, value_name = "STR", default_value = "", allow_hyphen_values = true)]
@@ -37,6 +37,15 @@ pub struct RunArgs {
     /// baseline, what any host of the last ten years has; or a file that lists features.
     #[arg(long, value_name = "host|baseline|FILE", default_value = "host", value_parser = parse_cpu)]
     pub cpu: Cpu,
+}
+
+/// How many are possible is the daemon's to say.
+fn parse_cpus(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(0) => Err("a VM has at least 1 virtual CPU".to_owned()),
+        Ok(cpus) => Ok(cpus),
+        Err(_) => Err(format!("{text:?} is not a number of virtual CPUs")),
+    }
 }
 
 /// A network interface of a new VM.
@@ -124,6 +133,14 @@ mod tests {
         assert_eq!(parse_net("bridge=br0,tap=t0,mac=02:00:00:00:00:AB"), Ok(net("t0", "br0", mac)));
         for odd in ["", "t0", "tap=", "mac=02:00:00:00:00:01", "tap=a,tap=b", "tap=a,mac=2"] {
             assert!(parse_net(odd).is_err(), "{odd:?}");
+        }
+    }
+
+    #[test]
+    fn a_vm_has_at_least_one_cpu() {
+        assert_eq!(parse_cpus("64"), Ok(64));
+        for odd in ["0", "-1", "", "two", "4294967296"] {
+            assert!(!parse_cpus(odd).unwrap_err().contains("4294967295"), "{odd:?}");
         }
     }
 

@@ -20,13 +20,18 @@ pub fn workloads(workloads: &[Workload]) -> String {
             workload.kind.to_owned(),
             workload.state.to_owned(),
             workload.epoch.to_string(),
-            show_bytes(workload.memory_bytes),
-            workload.cpus.to_string(),
+            // Process trees have what they take.
+            if workload.memory_bytes == 0 { none() } else { show_bytes(workload.memory_bytes) },
+            if workload.cpus == 0 { none() } else { workload.cpus.to_string() },
             note(workload),
         ]);
     }
     align_right(&mut table, &[3, 4, 5]);
     trimmed(&table)
+}
+
+fn none() -> String {
+    "-".to_owned()
 }
 
 /// One sentence about a workload after a verb changed it.

@@ -25,6 +25,8 @@ pub(super) struct Arrived {
     manifest: Option<Manifest>,
     bytes: u64,
     addresses: Vec<NetAddress>,
+    /// It is made on this host, and comes from nowhere.
+    is_new: bool,
 }
 
 impl Table {
@@ -84,7 +86,7 @@ impl Shared {
             Some(address) => Err(Blocker {
                 code: "address-taken".into(),
                 message: format!("{name} has {address} on {} already", self.here),
-                remedy: "stop or move one of the two, or start one with another address".into(),
+                remedy: "stop or move one of the two, or start one with another ip= or mac=".into(),
                 host: self.here.clone(),
             }),
         };
@@ -118,6 +120,10 @@ impl Shared {
                 sealed.from.address,
                 "complete here and waiting for its source's word",
             ),
+            None if arrived.is_new => {
+                let reason = "being started or restored here: it is not running yet";
+                (State::Migrating, Epoch(0), String::new(), reason)
+            }
             None => (State::Migrating, Epoch(0), String::new(), "arriving"),
         };
         let (migration, reason) = (Some(migration), reason.to_owned());
@@ -143,16 +149,23 @@ impl Registry {
         let free = self.shared.addresses_free(&table, manifest);
         free.map_err(RegistryError::AddressTaken)?;
         let id = MigrationId::random();
-        Ok(self.insert_claim(&mut table, id, manifest))
+        Ok(self.insert_claim(&mut table, id, manifest, true))
     }
 
-    fn insert_claim(&self, table: &mut Table, id: MigrationId, manifest: &Manifest) -> Claim {
+    fn insert_claim(
+        &self,
+        table: &mut Table,
+        id: MigrationId,
+        manifest: &Manifest,
+        is_new: bool,
+    ) -> Claim {
         let arrived = Arrived {
             workload: manifest.workload,
             name: manifest.name.clone(),
             manifest: Some(manifest.clone()),
             bytes: manifest.memory_bytes,
             addresses: self.shared.addresses(manifest.kind, &manifest.config),
+            is_new,
         };
         table.arriving.insert(id, arrived);
         Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id })
@@ -167,6 +180,7 @@ impl Registry {
             manifest: None,
             bytes: identity.memory_bytes,
             addresses: self.shared.addresses(identity.kind, &identity.config),
+            is_new: false,
         };
         self.shared.table().arriving.insert(migration, arrived);
         Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id: migration })
@@ -220,7 +234,7 @@ impl Host for Registry {
         if dry_run {
             return Ok(Box::new(()));
         }
-        Ok(self.insert_claim(&mut table, migration, manifest))
+        Ok(self.insert_claim(&mut table, migration, manifest, false))
     }
 
     async fn arrived(&self, record: WorkloadRecord, workload: Box<dyn Workload>, claim: Claim) {

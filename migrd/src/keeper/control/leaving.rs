@@ -61,7 +61,7 @@ impl Control {
         }
     }
 
-    /// Stops the tree and lets CRIU write it.
+    /// Stops the tree.
     pub(super) fn stop(&mut self) -> io::Result<()> {
         let ready = matches!(self.phase, Phase::Dumping { stage: Stage::Ready, word: None, .. });
         self.expect(ready, "be written, since no CRIU is ready to")?;
@@ -69,11 +69,22 @@ impl Control {
         if let Some(stdio) = &self.stdio {
             stdio.drain(&self.console);
         }
-        if let Phase::Dumping { stage, hold, .. } = &mut self.phase {
-            *stage = Stage::Writing;
-            hold.say(true);
+        if let Phase::Dumping { stage, .. } = &mut self.phase {
+            *stage = Stage::Still;
         }
         Ok(())
+    }
+
+    /// Lets CRIU write the tree that was stopped.
+    pub(super) fn write(&mut self) -> io::Result<()> {
+        match &mut self.phase {
+            Phase::Dumping { stage: stage @ Stage::Still, word: None, hold, .. } => {
+                *stage = Stage::Writing;
+                hold.say(true);
+                Ok(())
+            }
+            _ => self.expect(false, "be written, since it was not stopped"),
+        }
     }
 
     /// Speaks the word over a dump; `None`: who asked is told when it is carried out.
@@ -91,7 +102,7 @@ impl Control {
                 *word = Some((die, id));
                 match stage {
                     // It is not dumped after all.
-                    Stage::Ready => hold.say(false),
+                    Stage::Ready | Stage::Still => hold.say(false),
                     Stage::Written => hold.say(die),
                     Stage::Starting(_) | Stage::Writing => {}
                 }

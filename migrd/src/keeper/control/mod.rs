@@ -442,6 +442,7 @@ impl Control {
                 Err(error) => Err(words(&error)),
             },
             Request::Stop(proto::KeeperStop {}) => self.stop().map_err(said),
+            Request::Write(proto::KeeperWrite {}) => self.write().map_err(said),
             Request::Lacking(proto::KeeperLacking { urgent }) => {
                 self.name_lacking(urgent, id);
                 return Then::Serve;

@@ -49,6 +49,8 @@ pub(super) enum Stage {
     Starting(u64),
     /// CRIU is ready, and the tree runs.
     Ready,
+    /// CRIU is ready, and the tree stands still.
+    Still,
     /// The tree stands still, and is being written.
     Writing,
     /// It is written.

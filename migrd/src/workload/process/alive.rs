@@ -108,15 +108,26 @@ impl Alive {
         ready.map_err(|error| WorkloadError::new(error.to_string()))
     }
 
-    /// Stops it, for the CRIU that is ready to write it. On an error it may be cut off
-    /// from its network, and runs.
+    /// Stops it, and has the CRIU that is ready to write it do that. On an error it may be
+    /// cut off from its network, and runs.
     pub(super) async fn stop(&mut self) -> Result<(), WorkloadError> {
-        // Nobody's answer to what it sent last may reach it any more, or it would
-        // have been acknowledged in vain.
+        let stopped = self.stop_and_write().await;
+        if stopped.is_err()
+            && let Err(error) = self.keeper.done(Request::Thaw(proto::KeeperThaw {})).await
+        {
+            tracing::error!(%error, "a process tree that could not be stopped may stand still");
+        }
+        stopped
+    }
+
+    async fn stop_and_write(&mut self) -> Result<(), WorkloadError> {
+        self.keeper.stop().await.map_err(told("stop it"))?;
+        // Now that it sends nothing more, nobody's answer to what it sent last may reach
+        // it any more: what CRIU does not read would have been acknowledged in vain.
         if let Some(network) = &self.network {
             network.cut().await?;
         }
-        self.keeper.stop().await.map_err(told("stop it"))
+        self.keeper.write().await.map_err(told("have it written"))
     }
 
     /// Lets it run on where it was stopped. Its log is only needed when it does.

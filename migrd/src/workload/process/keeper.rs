@@ -284,8 +284,8 @@ impl Keeper {
 
     /// Has a CRIU get ready to write it into `images`, which build on those of `parent`,
     /// as for [`Keeper::ahead`], and with `track` others can build on; its memory to the
-    /// page server at the other end of that socket, if there is one. [`Keeper::stop`]
-    /// goes on with that.
+    /// page server at the other end of that socket, if there is one. [`Keeper::stop`] and
+    /// [`Keeper::write`] go on with that.
     ///
     /// # Errors
     /// When CRIU does not get ready. The tree runs in every case.
@@ -313,13 +313,21 @@ impl Keeper {
         self.done_with(keeper_request::Request::Dump(dump), fds).await
     }
 
-    /// Stops the tree and has it written by the CRIU that is ready to. Returns when it
-    /// stands still; [`Keeper::dumped`] says more.
+    /// Stops the tree. Returns when it stands still.
     ///
     /// # Errors
     /// When it does not stand still; it runs then.
     pub async fn stop(&self) -> Result<(), KeeperError> {
         self.done(keeper_request::Request::Stop(proto::KeeperStop {})).await
+    }
+
+    /// Has the tree that was stopped written by the CRIU that is ready to. Returns when that
+    /// has begun; [`Keeper::dumped`] says more.
+    ///
+    /// # Errors
+    /// When it does not begin; the tree stands still.
+    pub async fn write(&self) -> Result<(), KeeperError> {
+        self.done(keeper_request::Request::Write(proto::KeeperWrite {})).await
     }
 
     /// The end of the dump that was begun last, if it has ended.

@@ -149,7 +149,10 @@ fn parse_address(text: &str) -> Result<(IpAddr, u8), WorkloadError> {
     // Networks of one or two addresses have no address for all (RFC 3021, 6164).
     let for_all = host > 1 && (of_the_host == 0 || (address.is_ipv4() && of_the_host == host));
     if for_all || !is_of_one_host(address) {
-        return refuse(format!("{address}/{prefix} can't be a workload's address"));
+        return refuse(format!(
+            "{address}/{prefix} can't be a workload's address: give that of one host in its \
+             network, which is not link-local"
+        ));
     }
     Ok((address, prefix))
 }
