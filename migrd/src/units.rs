@@ -15,6 +15,13 @@ pub const PAGE_BYTES: usize = 4096;
 /// A hardware address of a network interface (IEEE 802).
 pub type Mac = [u8; 6];
 
+/// A hardware address for people, or what was given for one: its first 8 bytes.
+#[must_use]
+pub fn show_mac(mac: &[u8]) -> String {
+    let parts: Vec<_> = mac.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    parts.join(":")
+}
+
 /// Number of a page within one stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageIndex(pub u64);

@@ -190,8 +190,22 @@ impl LazyPages {
         }
     }
 
+    /// Whether the tree can have its memory, once the CRIU that was to make it has ended;
+    /// `made`: well. Nothing has run yet, and whoever hears of a failure may run another
+    /// copy.
+    ///
+    /// # Errors
+    /// Why it can't.
+    pub fn sound(&mut self, made: bool) -> io::Result<()> {
+        match self.why_ended() {
+            Some(error) => Err(error),
+            None if made => self.check(),
+            None => Ok(()),
+        }
+    }
+
     /// Why the CRIU that made the tree was ended, if it was for want of memory.
-    pub fn why_ended(&mut self) -> Option<io::Error> {
+    fn why_ended(&mut self) -> Option<io::Error> {
         let ended = self.maker.lock().ended;
         ended.then(|| match self.pager.0.wait() {
             Ok(status) => io::Error::other(how(status, &self.directory)),

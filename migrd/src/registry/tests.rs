@@ -60,10 +60,9 @@ struct Host {
     _directory: tempfile::TempDir,
 }
 
-async fn host() -> Host {
-    let directory = tempfile::tempdir().unwrap();
-    let journal = Journal::open(&directory.path().join("journal.redb")).unwrap();
-    let registry = Registry::new(Setup {
+/// A host that knows nothing yet but what is in its journal.
+fn over(journal: Journal) -> Registry {
+    Registry::new(Setup {
         here: "a:1".into(),
         host: journal.host_id().unwrap(),
         journal,
@@ -71,7 +70,13 @@ async fn host() -> Host {
         peers: Arc::new(|address| panic!("nobody is asked for {address}")),
         lanes: 1,
         shutdown: CancellationToken::new(),
-    });
+    })
+}
+
+async fn host() -> Host {
+    let directory = tempfile::tempdir().unwrap();
+    let journal = Journal::open(&directory.path().join("journal.redb")).unwrap();
+    let registry = over(journal);
     let guest = Guest::empty(&Arc::new(Census::default()), 1);
     let identity = Identity {
         id: WorkloadId::random(),
@@ -142,15 +147,7 @@ async fn why_a_workload_has_ended_is_known_to_the_next_daemon() {
         let journal = host.registry.shared.journal.clone();
         let record = journal.get(known.identity.id).unwrap().unwrap();
 
-        let next = Registry::new(Setup {
-            here: "a:1".into(),
-            host: journal.host_id().unwrap(),
-            journal,
-            engines: vec![(Kind::Vm, Arc::new(Nothing) as Arc<dyn Engine>)],
-            peers: Arc::new(|address| panic!("nobody is asked for {address}")),
-            lanes: 1,
-            shutdown: CancellationToken::new(),
-        });
+        let next = over(journal);
         next.take_in(record, None);
         let found = next.find(NAME).unwrap();
         assert_eq!((found.state, found.reason), (State::Stopped, known.reason));

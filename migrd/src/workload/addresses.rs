@@ -4,8 +4,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use super::vm::nets::show_mac;
-use crate::units::Mac;
+use crate::units::{Mac, show_mac};
 
 /// An address in one network of a host.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -199,13 +199,7 @@ fn restore_to_the_word(
         return Err(system(error));
     }
     if let Some(lazy_pages) = lazy_pages {
-        if let Some(error) = lazy_pages.why_ended() {
-            return Err(system(error));
-        }
-        // Until here nothing has run, and whoever hears of a failure may run another copy.
-        if done.is_ok() {
-            lazy_pages.check().map_err(system)?;
-        }
+        lazy_pages.sound(done.is_ok()).map_err(system)?;
     }
     match done {
         Ok(()) if !place.paused.load(Ordering::SeqCst) => {

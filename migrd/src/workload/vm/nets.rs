@@ -13,7 +13,7 @@ use migr_proto::v1::NetConfig;
 use super::child::{Backing, Child, Device};
 use super::told;
 use crate::sys::tap::{self, Interface};
-use crate::units::Mac;
+use crate::units::{Mac, show_mac};
 use crate::vmm::virtio::net::HEADER_BYTES;
 use crate::workload::{Address, NetAddress, Problem, WorkloadError};
 
@@ -188,11 +188,6 @@ pub fn is_name(name: &str) -> bool {
 /// Of one interface, and not zero.
 pub(in crate::workload) fn is_address(mac: Mac) -> bool {
     mac[0] & 1 == 0 && mac != Mac::default()
-}
-
-pub(in crate::workload) fn show_mac(mac: &[u8]) -> String {
-    let parts: Vec<_> = mac.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    parts.join(":")
 }
 
 /// Fills in what a user left open: an address that nobody else has, and with a

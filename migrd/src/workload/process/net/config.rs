@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use migr_proto::v1::ProcessNet;
 
 use crate::sys::tap;
-use crate::units::{Mac, WorkloadId};
-use crate::workload::vm::nets::{is_address, is_name, show_mac};
+use crate::units::{Mac, WorkloadId, show_mac};
+use crate::workload::vm::nets::{is_address, is_name};
 use crate::workload::{Address, NetAddress, WorkloadError};
 
 /// What the names of the hosts' ends begin with.
