@@ -7,7 +7,7 @@ use integration::process::served::Kind;
 use integration::process::soak::{Plan, run};
 
 fn soak(kind: Kind) -> Result<()> {
-    let report = run(Plan { kind, moves: 20, verify_every: 5 }, |_, _| {})?;
+    let report = run(Plan { kind, moves: 20, verify_every: 5, crowd: 0 }, |_, _| {})?;
     eprintln!("{report:#?}");
     ensure!(report.verified == 4 && report.memory_verified == 20);
     report.check()

@@ -25,6 +25,9 @@ struct Args {
     /// Move a container instead, with the same server in it.
     #[arg(long, conflicts_with_all = ["cpus", "processes"])]
     containers: bool,
+    /// So many busy connections more from each host to the process tree or container.
+    #[arg(long, default_value_t = 0, conflicts_with = "cpus")]
+    crowd: usize,
     /// Every such move is verified at both ends.
     #[arg(long, default_value_t = 10)]
     verify_every: u32,
@@ -58,7 +61,8 @@ fn main() -> Result<()> {
 }
 
 fn connections(kind: Kind, args: &Args) -> Result<()> {
-    let plan = process::soak::Plan { kind, moves: args.moves, verify_every: args.verify_every };
+    let Args { moves, verify_every, crowd, .. } = *args;
+    let plan = process::soak::Plan { kind, moves, verify_every, crowd };
     let what = kind.name();
     let report = process::soak::run(plan, move |number, downtime| {
         eprintln!("{what}, move {number} of {}: {downtime:.1} ms", plan.moves);
@@ -69,7 +73,11 @@ fn connections(kind: Kind, args: &Args) -> Result<()> {
         println!("{} moves of a {what} in {:.1} s", report.moves, report.seconds);
         println!("  verified at both ends: {}", report.verified);
         println!("  all of its memory verified after each: {}", report.memory_verified);
-        println!("  answers over two connections: {}, none lost, all in order", report.answers);
+        println!(
+            "  answers over {} connections: {}, none lost, all in order",
+            2 + 2 * crowd,
+            report.answers
+        );
         spread("downtime", &report.downtime_ms);
         spread("longest wait of a client", &report.stall_ms);
         row("a", &report.a_before.usage, &report.a_after.usage);

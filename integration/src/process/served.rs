@@ -24,6 +24,8 @@ pub const PORT: &str = "7000";
 const SERVER: &str = include_str!("server.py");
 /// Sends them, many at a time, and verifies the answers.
 const CLIENT: &str = include_str!("client.py");
+/// The same over many connections, one at a time on each.
+const CROWD: &str = include_str!("crowd.py");
 /// Answers to one client after which the server has verified all of its memory once
 /// more: one for each block of it, and as many as a client has under way.
 pub const WHOLE_MEMORY: u64 = 128 + 64;
@@ -34,6 +36,8 @@ pub struct Beside {
     name: String,
     child: Child,
     output: PathBuf,
+    /// That it has to the server.
+    connections: usize,
 }
 
 impl Beside {
@@ -42,13 +46,23 @@ impl Beside {
     /// # Errors
     /// When it does not start.
     pub fn start(nets: &TwoNets, side: Side, script: &str, args: &[&str]) -> Result<Self> {
+        Self::start_as(&format!("{side:?}"), nets, side, script, args)
+    }
+
+    fn start_as(
+        file: &str,
+        nets: &TwoNets,
+        side: Side,
+        script: &str,
+        args: &[&str],
+    ) -> Result<Self> {
         let name = format!("program on host {side:?}");
-        let output = nets.directory().join(format!("{side:?}.out"));
+        let output = nets.directory().join(format!("{file}.out"));
         let mut command = nets.command(side, PYTHON);
         command.args(["-c", script]).args(args);
         command.stdin(Stdio::piped()).stdout(File::create(&output)?);
         let child = command.spawn().with_context(|| format!("start {PYTHON}"))?;
-        Ok(Self { name, child, output })
+        Ok(Self { name, child, output, connections: 1 })
     }
 
     /// A client of the server that [`Kind::serve`] starts.
@@ -57,6 +71,18 @@ impl Beside {
     /// When it does not start.
     pub fn client(nets: &TwoNets, side: Side) -> Result<Self> {
         Self::start(nets, side, CLIENT, &[ADDRESS, PORT])
+    }
+
+    /// One with that many connections, beside the program that there is room for.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn crowd(nets: &TwoNets, side: Side, connections: usize) -> Result<Self> {
+        let count = connections.to_string();
+        let file = format!("crowd-{side:?}");
+        let mut started = Self::start_as(&file, nets, side, CROWD, &[ADDRESS, PORT, &count])?;
+        started.connections = connections;
+        Ok(started)
     }
 
     /// All it has printed.
@@ -244,15 +270,16 @@ pub fn clients(nets: &TwoNets) -> Result<[Beside; 2]> {
 ///
 /// # Errors
 /// Saying what is wrong.
-pub fn finish<const N: usize>(nets: &TwoNets, at: Side, clients: [Beside; N]) -> Result<u64> {
-    let mut answers = 0;
+pub fn finish(nets: &TwoNets, at: Side, clients: impl IntoIterator<Item = Beside>) -> Result<u64> {
+    let (mut answers, mut connections) = (0, 0);
     for client in clients {
+        connections += client.connections;
         answers += client.finish()?;
     }
     let host = nets.daemon(at);
     let log = host.migctl(&["logs", NAME])?.ok()?.stdout;
     let accepted = log.matches("accepted ").count();
-    ensure!(!log.contains("WRONG") && accepted == N, "{accepted} connections: {log}");
+    ensure!(!log.contains("WRONG") && accepted == connections, "{accepted} connections: {log}");
     nets.remove(at, NAME)?;
     Ok(answers)
 }

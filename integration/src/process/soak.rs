@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use super::served::{self, Kind};
+use super::served::{self, Beside, Kind};
 use super::{can_move, moves};
 use crate::daemon::Daemon;
 use crate::leaks::{self, Usage};
@@ -22,6 +22,8 @@ pub struct Plan {
     pub moves: u32,
     /// Every such move is one with `--verify`.
     pub verify_every: u32,
+    /// Connections from each host beside the one of its client, as many as that.
+    pub crowd: usize,
 }
 
 /// What a daemon uses.
@@ -41,8 +43,8 @@ pub struct Report {
     pub moves: u32,
     /// Of them, verified at both ends.
     pub verified: u32,
-    /// Messages that both clients together sent over their one connection each, and
-    /// whose answers came once, in order and unchanged.
+    /// Messages that all clients together sent, and whose answers came once, in order
+    /// and unchanged.
     pub answers: u64,
     /// Times that all memory of the server was verified by itself: after each move.
     pub memory_verified: u32,
@@ -112,7 +114,12 @@ pub fn run(plan: Plan, tell: impl FnMut(u32, f64) + Send + 'static) -> Result<Re
 
 fn soak(nets: &TwoNets, plan: Plan, mut tell: impl FnMut(u32, f64)) -> Result<Report> {
     plan.kind.serve(nets)?;
-    let mut clients = served::clients(nets)?;
+    let mut clients = Vec::from(served::clients(nets)?);
+    for side in [Side::A, Side::B].into_iter().filter(|_| plan.crowd > 0) {
+        let mut crowd = Beside::crowd(nets, side, plan.crowd)?;
+        crowd.gets(u64::try_from(plan.crowd)?)?;
+        clients.push(crowd);
+    }
     let started = Instant::now();
     let mut before = None;
     let (mut verified, mut memory_verified) = (0, 0);
@@ -120,7 +127,7 @@ fn soak(nets: &TwoNets, plan: Plan, mut tell: impl FnMut(u32, f64)) -> Result<Re
     for (number, from) in (1..=plan.moves).zip([Side::A, Side::B].into_iter().cycle()) {
         let verify = number % plan.verify_every == 0;
         let options: &[&str] = if verify { &["--verify"] } else { &[] };
-        let seen = clients.each_mut().map(|client| client.answers());
+        let seen: Vec<_> = clients.iter_mut().map(Beside::answers).collect();
         let moved = moves(nets.daemon(from), nets.daemon(from.other()), served::NAME, options);
         let moved = moved.with_context(|| format!("move {number} of {}", plan.moves))?;
         if verify {

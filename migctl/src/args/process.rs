@@ -124,12 +124,17 @@ fn check_address(text: &str) -> Result<(), String> {
     let parsed = text.split_once('/').and_then(|(address, bits)| {
         let address: IpAddr = address.parse().ok()?;
         let bits: u8 = bits.parse().ok()?;
-        Some(bits <= if address.is_ipv4() { 32 } else { 128 })
+        Some((bits, if address.is_ipv4() { 32 } else { 128 }))
     });
-    if parsed == Some(true) {
-        return Ok(());
+    match parsed {
+        Some((bits, longest)) if (1..=longest).contains(&bits) => Ok(()),
+        Some((bits, longest)) => {
+            Err(format!("a prefix of {bits} bits is not possible in {text}: 1 to {longest}"))
+        }
+        None => {
+            Err(format!("{text:?} is not an address with its prefix length, as in 10.0.0.5/24"))
+        }
     }
-    Err(format!("{text:?} is not an address with its prefix length, as in 10.0.0.5/24"))
 }
 
 /// What may be done to a process tree that moves or is saved.

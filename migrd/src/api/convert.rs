@@ -13,6 +13,7 @@ use crate::migration::plan::Plan;
 use crate::migration::policy::DEFAULT_MAX_DOWNTIME;
 use crate::registry::{State, Status};
 use crate::units::WorkloadId;
+use crate::workload::process::net as process_net;
 use crate::workload::vm::cpu;
 use crate::workload::{Footprint, Kind};
 
@@ -113,6 +114,11 @@ pub(super) fn process(
             runc_id: id.to_string(),
             carrying: carrying.into(),
         }
+    });
+    // One that was not asked for follows from the id.
+    let net = net.map(|net| {
+        let mac = process_net::hardware(id, &net).map_or(net.mac, |mac| mac.to_vec().into());
+        proto::ProcessNet { mac, ..net }
     });
     let process = proto::ProcessInfo { argv, cwd, net, pid, processes, container };
     proto::InspectReply { process: Some(process), ..common }

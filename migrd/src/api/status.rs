@@ -50,6 +50,8 @@ pub(super) fn invalid(host: &str, message: impl Into<String>) -> Status {
 pub(super) fn registry(host: &str, error: &RegistryError) -> Status {
     let (code, reason) = match error {
         RegistryError::Unknown(_) => (Code::NotFound, "UNKNOWN_WORKLOAD"),
+        RegistryError::NotHereYet(_) => (Code::FailedPrecondition, "BUSY_MIGRATING"),
+        RegistryError::CalledOff(_) => (Code::Aborted, "CALLED_OFF"),
         RegistryError::NameTaken(_) => (Code::AlreadyExists, "NAME_TAKEN"),
         RegistryError::BadName(_) => (Code::InvalidArgument, "BAD_NAME"),
         RegistryError::Busy { .. } => (Code::FailedPrecondition, "BUSY_MIGRATING"),

@@ -9,12 +9,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::mounts;
+use crate::sys::process::PidFd;
 
 /// How long a tree may take to stand still: a process in the middle of a slow
 /// system call keeps all others waiting.
 const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a tree may take to die.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long it is waited for that before it is killed again.
+const KILL_PAUSE: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_micros(500);
 /// How long what was started in it from outside is given to end by itself, as a check
 /// of a container's health does; and how often to look.
@@ -213,10 +216,34 @@ impl Cgroup {
             }
             other => other?,
         }
-        if self.wait_for("populated 0", KILL_LIMIT)? {
+        if self.wait_for("populated 0", KILL_PAUSE)? {
             return Ok(());
         }
+        // The kernel signals the first thread of each process, which does nothing where that
+        // has ended before the others.
+        let started = Instant::now();
+        while started.elapsed() < KILL_LIMIT {
+            self.kill_one_by_one()?;
+            if self.wait_for("populated 0", KILL_PAUSE)? {
+                return Ok(());
+            }
+        }
         Err(io::Error::other(format!("its processes do not end within {KILL_LIMIT:?}")))
+    }
+
+    fn kill_one_by_one(&self) -> io::Result<()> {
+        let named = self.processes()?.into_iter().map(|pid| (pid, PidFd::open(pid)));
+        let named: Vec<_> = named.collect();
+        // Those that are still here are those that were named.
+        let here = self.processes()?;
+        for (pid, process) in named {
+            if let Ok(process) = process
+                && here.contains(&pid)
+            {
+                process.kill()?;
+            }
+        }
+        Ok(())
     }
 
     /// Waits for a line of `cgroup.events`.
@@ -289,6 +316,25 @@ mod tests {
         assert!(!cgroup.path().exists());
         assert!(!child.wait().unwrap().success(), "it was killed");
         cgroup.remove().unwrap();
+    }
+
+    #[test]
+    fn a_process_whose_first_thread_has_ended_is_killed_all_the_same() {
+        let name = format!("migr-headless-{}", std::process::id());
+        let cgroup = Cgroup::at(&root().unwrap().join(name));
+        cgroup.make().expect("run the tests as root");
+        let script = "import ctypes, threading, time\n\
+                      threading.Thread(target=time.sleep, args=(1000,)).start()\n\
+                      ctypes.CDLL(None).syscall(60, 0)";
+        let mut child = Command::new("python3").args(["-c", script]).spawn().unwrap();
+        fs::write(cgroup.processes_file(), child.id().to_string()).unwrap();
+        let status = format!("/proc/{}/status", child.id());
+        while !fs::read_to_string(&status).unwrap().contains("State:\tZ") {
+            std::thread::sleep(PAUSE);
+        }
+        assert!(cgroup.has_event("populated 1").unwrap(), "its other thread is there");
+        cgroup.remove().unwrap();
+        assert!(!child.wait().unwrap().success(), "it was killed");
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod dump;
 mod restore;
 mod work;
 
+use std::io;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -41,6 +42,8 @@ pub(super) const RESUMING: &str = "pre-resume";
 /// What came of it.
 #[derive(Debug)]
 pub enum News {
+    /// A container was started, or not; the process id of its init.
+    Started(io::Result<u32>),
     /// The tree may be stopped: CRIU is ready to write it, and waits for a word.
     Ready,
     /// Everything is written; the tree is held.

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
+use tokio_util::sync::{CancellationToken, DropGuard};
+
 use super::owner::OwnerHandle;
 use super::{Registry, RegistryError, Shared, State, Status};
 use crate::migration::destination::{Claim, Host, valid_name};
@@ -18,6 +20,15 @@ pub(super) struct Table {
     pub(super) under_way: std::collections::BTreeSet<MigrationId>,
 }
 
+/// A new workload on its way to its first instruction.
+#[derive(Clone, Default)]
+pub(super) struct Starting {
+    /// It is to be no more.
+    pub(super) called_off: CancellationToken,
+    /// It runs, or nothing of it is left.
+    pub(super) over: CancellationToken,
+}
+
 /// An arrival that has a claim on this host.
 pub(super) struct Arrived {
     pub(super) workload: WorkloadId,
@@ -26,7 +37,7 @@ pub(super) struct Arrived {
     bytes: u64,
     addresses: Vec<NetAddress>,
     /// It is made on this host, and comes from nowhere.
-    is_new: bool,
+    new: Option<Starting>,
 }
 
 impl Table {
@@ -41,6 +52,12 @@ impl Table {
     /// Two attempts to move the same workload here would share its directory.
     fn arrives(&self, workload: WorkloadId) -> bool {
         self.arriving.values().any(|a| a.workload == workload)
+    }
+
+    /// The start of a new workload, if that is what happens to it.
+    pub(super) fn starting(&self, workload: WorkloadId) -> Option<Starting> {
+        let found = self.arriving.values().find(|a| a.workload == workload);
+        found.and_then(|arrived| arrived.new.clone())
     }
 
     /// Memory promised to workloads and not yet touched by them, in bytes.
@@ -86,7 +103,8 @@ impl Shared {
             Some(address) => Err(Blocker {
                 code: "address-taken".into(),
                 message: format!("{name} has {address} on {} already", self.here),
-                remedy: "stop or move one of the two, or start one with another ip= or mac=".into(),
+                remedy: "stop or move one of the two; a new one can have another ip=, mac= or tap="
+                    .into(),
                 host: self.here.clone(),
             }),
         };
@@ -120,7 +138,7 @@ impl Shared {
                 sealed.from.address,
                 "complete here and waiting for its source's word",
             ),
-            None if arrived.is_new => {
+            None if arrived.new.is_some() => {
                 let reason = "being started or restored here: it is not running yet";
                 (State::Migrating, Epoch(0), String::new(), reason)
             }
@@ -149,7 +167,7 @@ impl Registry {
         let free = self.shared.addresses_free(&table, manifest);
         free.map_err(RegistryError::AddressTaken)?;
         let id = MigrationId::random();
-        Ok(self.insert_claim(&mut table, id, manifest, true))
+        Ok(self.insert_claim(&mut table, id, manifest, Some(Starting::default())))
     }
 
     fn insert_claim(
@@ -157,18 +175,19 @@ impl Registry {
         table: &mut Table,
         id: MigrationId,
         manifest: &Manifest,
-        is_new: bool,
+        new: Option<Starting>,
     ) -> Claim {
+        let over = new.as_ref().map(|starting| starting.over.clone().drop_guard());
         let arrived = Arrived {
             workload: manifest.workload,
             name: manifest.name.clone(),
             manifest: Some(manifest.clone()),
             bytes: manifest.memory_bytes,
             addresses: self.shared.addresses(manifest.kind, &manifest.config),
-            is_new,
+            new,
         };
         table.arriving.insert(id, arrived);
-        Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id })
+        Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id, _over: over })
     }
 
     /// Sets aside what a sealed copy found after a restart holds.
@@ -180,10 +199,10 @@ impl Registry {
             manifest: None,
             bytes: identity.memory_bytes,
             addresses: self.shared.addresses(identity.kind, &identity.config),
-            is_new: false,
+            new: None,
         };
         self.shared.table().arriving.insert(migration, arrived);
-        Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id: migration })
+        Box::new(ClaimGuard { shared: Arc::downgrade(&self.shared), id: migration, _over: None })
     }
 }
 
@@ -191,6 +210,8 @@ impl Registry {
 struct ClaimGuard {
     shared: Weak<Shared>,
     id: MigrationId,
+    /// Says so when it was given back.
+    _over: Option<DropGuard>,
 }
 
 impl Drop for ClaimGuard {
@@ -234,7 +255,7 @@ impl Host for Registry {
         if dry_run {
             return Ok(Box::new(()));
         }
-        Ok(self.insert_claim(&mut table, migration, manifest, false))
+        Ok(self.insert_claim(&mut table, migration, manifest, None))
     }
 
     async fn arrived(&self, record: WorkloadRecord, workload: Box<dyn Workload>, claim: Claim) {

@@ -196,7 +196,7 @@ impl Registry {
     fn owner(&self, name: &str) -> Result<OwnerHandle, RegistryError> {
         let id = self.find(name)?.identity.id;
         let found = self.shared.table().owners.get(&id).cloned();
-        found.ok_or_else(|| RegistryError::Unknown(name.to_owned()))
+        found.ok_or_else(|| RegistryError::NotHereYet(name.to_owned()))
     }
 
     async fn ask<T>(
@@ -277,10 +277,11 @@ impl Registry {
         self.shared.host
     }
 
-    /// Journals a new workload and takes it in.
+    /// Journals a new workload, sets it running and takes it in.
     ///
     /// # Errors
-    /// When the journal can't be written; the workload is then dropped.
+    /// When the journal can't be written, or it does not run, or somebody stops it before
+    /// it does; it is then dropped.
     pub async fn create(
         &self,
         identity: Identity,
@@ -296,15 +297,34 @@ impl Registry {
                 return Err(error.into());
             }
         };
-        if let Err(error) = workload.resume().await {
+        let starting = self.shared.table().starting(record.identity.id).unwrap_or_default();
+        let resumed = tokio::select! {
+            biased;
+            () = starting.called_off.cancelled() => Err(RegistryError::CalledOff(name.clone())),
+            resumed = workload.resume() => resumed.map_err(RegistryError::from),
+        };
+        if let Err(error) = resumed {
             let journal = self.shared.journal.clone();
             workload.discard().await;
             blocking(move || journal.record(&record.identity, &Event::Removed(record.epoch)))
                 .await?;
-            return Err(error.into());
+            return Err(error);
         }
         self.take_in(record, Some(workload));
         self.find(&name)
+    }
+
+    /// Has a workload that is being started or restored be no more, if `name` is one; how it
+    /// stands then.
+    async fn call_off(&self, name: &str) -> Option<Status> {
+        let status = self.find(name).ok()?;
+        let starting = self.shared.table().starting(status.identity.id)?;
+        starting.called_off.cancel();
+        starting.over.cancelled().await;
+        // It may just have begun to run.
+        let reason = "its start was called off; nothing of it is left".to_owned();
+        let gone = Status { state: State::Stopped, migration: None, reason, ..status };
+        (!self.shared.table().owners.contains_key(&gone.identity.id)).then_some(gone)
     }
 
     /// Lets every owner task end; workloads go on without this daemon.

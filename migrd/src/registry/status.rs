@@ -62,6 +62,14 @@ pub enum RegistryError {
     /// No such name.
     #[error("no workload is named {0}; see `migctl list`")]
     Unknown(String),
+    /// It is on its way, or being made.
+    #[error(
+        "{0} is not here yet: it is arriving, or being started or restored; wait for that (`migctl list`)"
+    )]
+    NotHereYet(String),
+    /// Somebody stopped it before it ran.
+    #[error("the start of {0} was called off by `migctl stop`; nothing of it is left")]
+    CalledOff(String),
     /// The name is used.
     #[error("a workload named {0} is here already; choose another name or remove it")]
     NameTaken(String),

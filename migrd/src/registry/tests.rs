@@ -6,6 +6,7 @@ use async_trait::async_trait;
 
 use super::*;
 use crate::migration::destination::{Host as _, identity};
+use crate::migration::journal::Ownership;
 use crate::workload::fake::{Census, FakeWorkload, Guest};
 use crate::workload::{Address, Arriving, Manifest, NetAddress, Problem, WorkloadError};
 
@@ -178,4 +179,30 @@ async fn two_workloads_of_a_host_never_have_one_address() {
     registry.claim(&with_address("third", [10, 0, 0, 6]), MigrationId::random(), false).unwrap();
     registry.stop("first").await.unwrap();
     registry.claim_new(&again).unwrap();
+}
+
+#[tokio::test]
+async fn a_workload_that_is_stopped_before_it_runs_is_never_there() {
+    let host = host().await;
+    let registry = &host.registry;
+    let new = with_address("new", [10, 0, 0, 7]);
+    let claim = registry.claim_new(&new).unwrap();
+    let too_early = registry.pause("new").await.unwrap_err();
+    assert!(matches!(too_early, RegistryError::NotHereYet(_)), "{too_early}");
+    let stopping = registry.clone();
+    let stopped = tokio::spawn(async move { stopping.stop("new").await });
+    while !registry.shared.table().starting(new.workload).unwrap().called_off.is_cancelled() {
+        tokio::task::yield_now().await;
+    }
+    let guest = Guest::empty(&Arc::new(Census::default()), 1);
+    let made = registry.create(identity(&new), Box::new(FakeWorkload(guest))).await;
+    let refused = made.unwrap_err();
+    assert!(matches!(refused, RegistryError::CalledOff(_)), "{refused}");
+    assert!(!stopped.is_finished(), "something of it is still claimed");
+    drop(claim);
+    let stopped = stopped.await.unwrap().unwrap();
+    assert_eq!(stopped.state, State::Stopped);
+    assert!(registry.find("new").is_err(), "{:?}", registry.list());
+    let ownership = registry.shared.journal.get(new.workload).unwrap().unwrap().ownership;
+    assert!(matches!(ownership, Ownership::Removed(_)), "{ownership:?}");
 }

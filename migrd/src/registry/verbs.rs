@@ -66,16 +66,20 @@ impl Registry {
         self.ask(name, |reply| Command::Pause(false, reply)).await
     }
 
-    /// Ends it at once.
+    /// Ends it at once, or its start.
     ///
     /// # Errors
     /// When it has ended, or is being migrated.
     pub async fn stop(&self, name: &str) -> Result<Status, RegistryError> {
+        if let Some(called_off) = self.call_off(name).await {
+            return Ok(called_off);
+        }
         self.ask(name, Command::Stop).await
     }
 
     /// Asks it to end, and waits for that as long as `patience`. Its owner goes
-    /// on serving others meanwhile, so it may even be migrated.
+    /// on serving others meanwhile, so it may even be migrated. One that does not run yet
+    /// is not started.
     ///
     /// # Errors
     /// When it has ended already, is being migrated, does not listen, has not
@@ -85,6 +89,9 @@ impl Registry {
         name: &str,
         patience: Duration,
     ) -> Result<Status, RegistryError> {
+        if let Some(called_off) = self.call_off(name).await {
+            return Ok(called_off);
+        }
         let owner = self.owner(name)?;
         let mut follow = owner.follow();
         owner.ask(Command::AskToEnd).await?;

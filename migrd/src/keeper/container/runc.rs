@@ -1,7 +1,7 @@
 //! runc at work for a keeper.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,8 +17,8 @@ use serde_json::Value;
 use super::{BUNDLE, Container, RUNC, runc_root};
 use crate::keeper::cgroup::Cgroup;
 use crate::keeper::criu::session::poll_until;
+use crate::keeper::hold::News;
 use crate::keeper::init::DEFAULT_PATH;
-use crate::keeper::stdio;
 use crate::sys::process::{PidFd, isolate};
 
 /// How long runc may take: it runs the container's hooks.
@@ -27,27 +27,60 @@ const LIMIT: Duration = Duration::from_secs(60);
 const HANDED_OVER: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// What a container is started with.
+#[derive(Debug)]
+pub struct Start {
+    /// Its cgroup.
+    pub cgroup: Cgroup,
+    /// Its standard input.
+    pub stdin: OwnedFd,
+    /// Its standard output and error.
+    pub stdout: OwnedFd,
+    /// The number of its network namespace here, if it has one of its own.
+    pub network: Option<i32>,
+}
+
+/// Has runc start a container, and tells what came of it. Dropping what this returns ends
+/// that.
+///
+/// # Errors
+/// When there is no room for a thread.
+pub fn start(
+    container: Container,
+    start: Start,
+    tell: impl FnOnce(News) + Send + 'static,
+) -> io::Result<CallOff> {
+    let (wanted, call_off) = io::pipe()?;
+    std::thread::Builder::new().name("start".into()).spawn(move || {
+        let started = container.start(&start, &wanted);
+        drop(start);
+        tell(News::Started(started));
+    })?;
+    Ok(CallOff { _wanted: call_off })
+}
+
+/// Ends the start of a container when it is dropped.
+#[derive(Debug)]
+pub struct CallOff {
+    _wanted: PipeWriter,
+}
+
 impl Container {
-    /// Starts it; the process id of its init. It is a child of this process when runc
-    /// has ended, which must be a subreaper for that (prctl(2)).
+    /// Starts it, unless nobody has the other end of `wanted` any more; the process id of
+    /// its init. It is a child of this process when runc has ended, which must be a
+    /// subreaper for that (prctl(2)).
     ///
     /// # Errors
     /// What runc says. Nothing is left of it then.
-    pub fn start(
-        &self,
-        cgroup: &Cgroup,
-        stdio: &stdio::Stdio,
-        network: Option<i32>,
-    ) -> io::Result<u32> {
-        self.write_spec(cgroup, network)?;
-        let (stdin, stdout) =
-            stdio.theirs().ok_or_else(|| io::Error::other("its input and output are in use"))?;
+    fn start(&self, start: &Start, wanted: &PipeReader) -> io::Result<u32> {
+        let Start { cgroup, stdin, stdout, network } = start;
+        self.write_spec(cgroup, *network)?;
         let pid_file = self.bundle().join("pid");
         let mut command = self.runc(None);
         command.arg("run").arg("--detach").arg("--pid-file").arg(&pid_file);
         command.arg("--bundle").arg(self.bundle()).arg(&self.id);
-        let mut running = Running::start(command, stdin, stdout)?;
-        let ended = running.end(LIMIT)?;
+        let mut running = Running::start(command, stdin.as_fd(), stdout.as_fd())?;
+        let ended = running.end_while(wanted, LIMIT)?;
         if !ended.success() {
             return Err(io::Error::other(self.what_runc_said(ended)));
         }
@@ -127,7 +160,26 @@ impl Running {
     /// Waits for its end.
     pub(super) fn end(&mut self, limit: Duration) -> io::Result<ExitStatus> {
         let mut wait = [PollFd::new(self.process.as_fd(), PollFlags::POLLIN)];
-        if !poll_until(&mut wait, Some(Instant::now() + limit))? {
+        let over = poll_until(&mut wait, Some(Instant::now() + limit))?;
+        self.status(over, limit)
+    }
+
+    /// The same, as long as somebody has the other end of `wanted`.
+    fn end_while(&mut self, wanted: &PipeReader, limit: Duration) -> io::Result<ExitStatus> {
+        let mut wait = [
+            PollFd::new(self.process.as_fd(), PollFlags::POLLIN),
+            PollFd::new(wanted.as_fd(), PollFlags::empty()),
+        ];
+        let over = poll_until(&mut wait, Some(Instant::now() + limit))?;
+        let [process, _] = wait;
+        if over && !process.any().unwrap_or_default() {
+            return Err(io::Error::other("its start was called off"));
+        }
+        self.status(over, limit)
+    }
+
+    fn status(&mut self, over: bool, limit: Duration) -> io::Result<ExitStatus> {
+        if !over {
             return Err(io::Error::other(format!(
                 "runc, or a hook that it runs, takes longer than {limit:?}"
             )));

@@ -116,6 +116,7 @@ impl Control {
         if let Phase::Dumping { stage: Stage::Written, word: None, .. } = &self.phase {
             return self.speak(true, id);
         }
+        self.end_start();
         Some(self.cgroup.kill().map_err(|e| words(&e)))
     }
 

@@ -15,9 +15,10 @@ mod arriving;
 mod following;
 mod leaving;
 mod phase;
+mod starting;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -170,23 +171,6 @@ impl Control {
         Err(io::Error::other(format!("it can't {what} in phase {}", phase.as_str_name())))
     }
 
-    fn start(&mut self) -> io::Result<()> {
-        self.expect(matches!(self.phase, Phase::Empty), "start")?;
-        let mut stdio = Stdio::new(self.console.sink())?;
-        let network = self.network.as_ref();
-        let init = if let Some(container) = &self.container {
-            container.start(&self.cgroup, &stdio, network.map(AsRawFd::as_raw_fd))?
-        } else {
-            self.cgroup.make()?;
-            tree::start(&self.config, &self.cgroup, &stdio, network.map(AsFd::as_fd))?
-        };
-        stdio.handed_over();
-        self.stdio = Some(stdio);
-        self.follow(init)?;
-        self.phase = Phase::Running;
-        Ok(())
-    }
-
     /// From now on hears of the end of an init.
     fn follow(&mut self, init: u32) -> io::Result<()> {
         self.init = init;
@@ -336,6 +320,7 @@ impl Control {
 
     fn hear_of_work(&mut self, news: News) {
         match news {
+            News::Started(result) => self.started(result),
             News::Ready => self.ready(),
             News::Dumped => self.dumped(),
             News::DumpFailed(failure) => self.dump_failed(&failure),
@@ -431,7 +416,10 @@ impl Control {
                 self.reply_with(id, keeper_reply::Reply::Stats(stats));
                 return Then::Serve;
             }
-            Request::Start(proto::KeeperStart {}) => self.start().map_err(said),
+            Request::Start(proto::KeeperStart {}) => match self.start(id) {
+                Some(result) => result.map_err(said),
+                None => return Then::Serve,
+            },
             Request::Pause(proto::KeeperPause {}) => self.pause().map_err(said),
             Request::Resume(proto::KeeperResume {}) => self.resume().map_err(said),
             Request::Input(bytes) => self.type_in(&bytes).map_err(said),
@@ -474,6 +462,7 @@ impl Control {
                 None => return Then::Serve,
             },
             Request::Quit(proto::KeeperQuit {}) => {
+                self.end_start();
                 let gone = self.cgroup.remove().map_err(said);
                 let quit = gone.is_ok();
                 self.console.flush();

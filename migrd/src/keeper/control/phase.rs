@@ -8,12 +8,19 @@ use std::sync::mpsc::Sender;
 use migr_proto::v1 as proto;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::keeper::container::CallOff;
 use crate::keeper::hold::{Hold, News};
 
 /// Where its tree stands.
 #[derive(Debug)]
 pub(super) enum Phase {
     Empty,
+    /// runc starts its container; who waits for that.
+    Starting {
+        /// `None`: it was called off.
+        call_off: Option<CallOff>,
+        waits: u64,
+    },
     Running,
     Paused,
     /// CRIU has it, or is about to.
@@ -77,7 +84,9 @@ impl Phase {
     /// As a daemon is told of it; `init` is the tree's.
     pub(super) fn status(&self, init: u32) -> proto::KeeperStatus {
         let phase = match self {
-            Self::Empty | Self::Restoring { .. } => proto::KeeperPhase::Empty,
+            Self::Empty | Self::Starting { .. } | Self::Restoring { .. } => {
+                proto::KeeperPhase::Empty
+            }
             Self::Running => proto::KeeperPhase::Running,
             Self::Paused => proto::KeeperPhase::Paused,
             Self::Dumping { stage, was_paused, .. } if stage.is_before() => match was_paused {

@@ -416,6 +416,14 @@ impl Keeper {
         }
     }
 
+    /// The network namespace that the tree has for its own.
+    ///
+    /// # Errors
+    /// When it has none, or the keeper is gone.
+    pub fn network(&self) -> io::Result<OwnedFd> {
+        self.process.descriptor(number::NETWORK)
+    }
+
     /// What the tree is made of.
     #[must_use]
     pub fn config(&self) -> &proto::ProcessConfig {

@@ -10,12 +10,12 @@
 //!
 //! The pair is gone when the namespace is, which is when no process is in it and
 //! nobody has it open. So a daemon that ends leaves nothing but what a living
-//! tree uses, and the next one finds it by the tree's init ([`Network::find`]).
+//! tree uses, and the next one finds it by the tree's keeper ([`Network::find`]).
 //!
 //! In a bridge with spanning tree nothing is forwarded before its forward delay
 //! is over: switch one of them off.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +23,7 @@ use migr_proto::v1::ProcessNet;
 
 use super::super::{Problem, WorkloadError};
 use crate::units::{Mac, WorkloadId};
+use crate::workload::vm::nets;
 
 use config::Plan;
 use ends::{Ends, address_is_free, bridge, is_of};
@@ -71,20 +72,18 @@ impl Network {
         aside(move || Ends::make(Plan::new(id, &config)?)).await.map(Self::of)
     }
 
-    /// Takes back the network that an earlier daemon made for the workload whose
-    /// init is the process `pid` of this host. It is as that daemon left it,
-    /// joined or cut.
+    /// Takes back the network that an earlier daemon made for the workload in that
+    /// namespace. It is as that daemon left it, joined or cut.
     ///
     /// # Errors
-    /// When the process is in no network of that workload, or that has lost its
-    /// outer end.
+    /// When the namespace has no network of that workload, or that has lost its outer end.
     pub async fn find(
         id: WorkloadId,
         config: &ProcessNet,
-        pid: u32,
+        namespace: OwnedFd,
     ) -> Result<Self, WorkloadError> {
         let config = config.clone();
-        aside(move || Ends::find(Plan::new(id, &config)?, pid)).await.map(Self::of)
+        aside(move || Ends::find(Plan::new(id, &config)?, namespace)).await.map(Self::of)
     }
 
     fn of(ends: Ends) -> Self {
@@ -214,6 +213,12 @@ pub async fn remove(id: WorkloadId) -> Result<(), WorkloadError> {
     .await
 }
 
+/// The hardware address that a workload has in this network, if it can be one.
+#[must_use]
+pub fn hardware(id: WorkloadId, config: &ProcessNet) -> Option<Mac> {
+    Plan::new(id, config).ok().map(|plan| plan.mac)
+}
+
 /// What keeps a workload with this network from arriving on this host. Nothing
 /// is changed.
 #[must_use]
@@ -225,7 +230,8 @@ pub fn problems(id: WorkloadId, config: &ProcessNet) -> Vec<Problem> {
     let bridge = Route::open()
         .map_err(system("ask about", &plan.bridge))
         .and_then(|mut host| bridge(&mut host, &plan.bridge));
-    let taken = [address_is_free(plan.address), ends::name_is_free(id)].map(Result::err);
+    let hardware = nets::hardware_is_free(plan.mac).map_err(NetError::from);
+    let taken = [address_is_free(plan.address), hardware, ends::name_is_free(id)].map(Result::err);
     let found = [bridge.err()].into_iter().chain(taken).flatten();
     found.map(|error| error.problem()).collect()
 }

@@ -43,8 +43,9 @@ impl ProcessEngine {
         let Some(keeper) = keeper else { return Ok(None) };
         let network = match &keeper.config().net {
             // One that has ended is in no network any more.
-            Some(net) if keeper.init() != 0 && keeper.phase() != KeeperPhase::Ended => {
-                Some(Network::find(id, net, keeper.init()).await?)
+            Some(net) if keeper.phase() != KeeperPhase::Ended => {
+                let namespace = keeper.network().map_err(super::failed("take its network back"))?;
+                Some(Network::find(id, net, namespace).await?)
             }
             _ => None,
         };

@@ -53,6 +53,14 @@ pub enum NetError {
         /// Its name.
         name: String,
     },
+    /// An interface of this host has the address that one inside is to have.
+    #[error("this host's interface {interface} has the hardware address {}", show_mac(.mac))]
+    HardwareTaken {
+        /// The interface.
+        interface: String,
+        /// Its address.
+        mac: Mac,
+    },
     /// The tap is a port of another bridge.
     #[error("the tap {tap} is in the bridge {found}, not in {bridge}")]
     OtherBridge {
@@ -108,6 +116,12 @@ impl NetError {
                      bridge of another name"
                 ),
             ),
+            Self::HardwareTaken { .. } => (
+                "destination-address-taken",
+                "give that interface another address there (`ip link set dev IF address MAC`), or \
+                 start the workload with another mac="
+                    .to_owned(),
+            ),
             Self::OtherBridge { tap, bridge, .. } => (
                 "destination-tap-busy",
                 format!("take it out of there: `ip link set {tap} master {bridge}`"),
@@ -125,6 +139,7 @@ impl NetError {
         let remedy = match self {
             Self::NotTap { .. } => "name a tap".to_owned(),
             Self::NotBridge { .. } => "name a bridge".to_owned(),
+            Self::HardwareTaken { .. } => "give it another mac=".to_owned(),
             _ => remedy.replace(" there", ""),
         };
         WorkloadError::new(format!("{message}; {remedy}"))
@@ -166,14 +181,16 @@ pub fn check(nets: &[NetConfig]) -> Result<(), WorkloadError> {
     Ok(())
 }
 
-/// The addresses of interfaces in the bridges that are named.
+/// The addresses of interfaces in the bridges that are named, and the taps of all.
 pub(super) fn addresses(nets: &[NetConfig]) -> Vec<NetAddress> {
     let joined = nets.iter().filter(|net| !net.bridge.is_empty());
     let known = joined.filter_map(|net| {
         let address = Address::Hardware(Mac::try_from(&net.mac[..]).ok()?);
         Some(NetAddress { bridge: net.bridge.clone(), address })
     });
-    known.collect()
+    let tap = |net: &NetConfig| Address::Tap(net.tap.clone());
+    let taps = nets.iter().map(|net| NetAddress { bridge: String::new(), address: tap(net) });
+    known.chain(taps).collect()
 }
 
 /// Whether an interface may be named so: what Linux takes, in characters that are
@@ -220,8 +237,11 @@ pub fn problems(nets: &[NetConfig]) -> Vec<Problem> {
 
 /// Says whether the tap is there.
 fn look(net: &NetConfig) -> Result<bool, NetError> {
-    let NetConfig { tap, bridge, mac: _ } = net;
+    let NetConfig { tap, bridge, mac } = net;
     if !bridge.is_empty() {
+        if let Ok(mac) = Mac::try_from(&mac[..]) {
+            hardware_is_free(mac)?;
+        }
         match seen(bridge)? {
             Some(Interface::Bridge) => {}
             Some(Interface::Tap { .. } | Interface::Other) => {
@@ -237,6 +257,22 @@ fn look(net: &NetConfig) -> Result<bool, NetError> {
         Some(Interface::Tap { busy: false }) => Ok(true),
         Some(Interface::Bridge | Interface::Other) => Err(NetError::NotTap { name: tap.clone() }),
     }
+}
+
+/// Whether no interface of this host has the hardware address: a bridge would keep for
+/// the host what is sent to it.
+///
+/// # Errors
+/// Which one has it.
+pub(in crate::workload) fn hardware_is_free(mac: Mac) -> Result<(), NetError> {
+    let failed = |e: nix::Error| system("look for", "addresses of this host")(e.into());
+    for interface in nix::ifaddrs::getifaddrs().map_err(failed)? {
+        let found = interface.address.as_ref().and_then(|address| address.as_link_addr()?.addr());
+        if found == Some(mac) {
+            return Err(NetError::HardwareTaken { interface: interface.interface_name, mac });
+        }
+    }
+    Ok(())
 }
 
 fn seen(name: &str) -> Result<Option<Interface>, NetError> {

@@ -46,6 +46,7 @@ impl Ends {
         let mut host = Route::open().map_err(system("ask about", &name))?;
         let mtu = bridge(&mut host, &plan.bridge)?.mtu;
         address_is_free(plan.address)?;
+        nets::hardware_is_free(plan.mac)?;
         let namespace = netns::make().map_err(system("make a namespace for", &name))?;
         let veth = Veth {
             name: &name,
@@ -79,11 +80,10 @@ impl Ends {
         }
     }
 
-    pub(super) fn find(plan: Plan, pid: u32) -> Result<Self, NetError> {
+    pub(super) fn find(plan: Plan, namespace: OwnedFd) -> Result<Self, NetError> {
         let name = config::name_of(plan.id);
         let lost = || NetError::Lost { name: name.clone() };
         let look = || system("look at the namespace of", &name);
-        let namespace = netns::of_process(pid).map_err(look())?;
         let inode = netns::inode(&namespace).map_err(look())?;
         let mut host = Route::open().map_err(system("ask about", &name))?;
         let outer = host.named(&name).map_err(system("look at", &name))?.ok_or_else(lost)?;
