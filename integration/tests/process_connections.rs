@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use integration::daemon::Daemon;
 use integration::host_pair::migrate;
-use integration::process::PYTHON;
 use integration::process::served::{self, ADDRESS, Beside, Kind, NAME};
+use integration::process::{PYTHON, can_move};
 use integration::two_nets::{BRIDGE, Side, TwoNets, on_two_hosts};
 use integration::wait;
 use nix::sys::signal::{Signal, kill};
@@ -86,6 +86,56 @@ fn connections_live_on_through_ten_moves_of_their_server() -> Result<()> {
             nets.expect_nothing_left(from)?;
         }
         finish(nets, Side::A, clients)
+    })
+}
+
+/// Connections of a crowd.
+const CROWD: usize = 500;
+
+#[test]
+fn five_hundred_connections_move_there_and_back() -> Result<()> {
+    on_two_hosts(|nets| {
+        nets.start()?;
+        can_move(&nets.a)?;
+        Kind::Process.serve(nets)?;
+        let mut crowd = Beside::crowd(nets, Side::B, CROWD)?;
+        // Each of them has one message under way.
+        let all = u64::try_from(CROWD)?;
+        crowd.gets(2 * all)?;
+        for from in [Side::A, Side::B] {
+            go(nets, from, &[])?.ok()?;
+            crowd.gets(2 * all)?;
+            nets.expect_nothing_left(from)?;
+        }
+        served::finish(nets, Side::A, [crowd]).map(drop)
+    })
+}
+
+#[test]
+fn connections_over_ipv6_live_on() -> Result<()> {
+    on_two_hosts(|nets| {
+        nets.start()?;
+        can_move(&nets.a)?;
+        for (side, address) in [(Side::A, 1), (Side::B, 2)] {
+            nets.ip(side, &format!("addr add fd98::{address}/64 dev {BRIDGE} nodad"))?;
+        }
+        let address = "fd98::50";
+        let network = ["--net".to_owned(), format!("ip={address}/64,bridge={BRIDGE}")];
+        Kind::Process.serve_at(nets, network, "::", 128)?;
+        let sides = [Side::A, Side::B];
+        let clients = sides.map(|side| Beside::client_of(nets, side, address));
+        let mut clients = clients.into_iter().collect::<Result<Vec<_>>>()?;
+        for from in [Side::A, Side::B, Side::A] {
+            for client in &mut clients {
+                client.gets(SOME)?;
+            }
+            go(nets, from, &[])?.ok()?;
+            nets.expect_nothing_left(from)?;
+        }
+        for client in &mut clients {
+            client.gets(SOME)?;
+        }
+        served::finish(nets, Side::B, clients).map(drop)
     })
 }
 

@@ -59,15 +59,21 @@ impl Progress {
     fn text(&self) -> String {
         let phase = MigrationProgress { phase: self.phase, ..Default::default() };
         let phase = json::phase(phase.phase()).unwrap_or("starting");
-        format!(
-            "{phase}, round {}: {} of {}, {}/s, dirtying {}/s, predicted downtime {}",
-            self.round,
-            show_bytes(self.bytes_sent),
-            show_bytes(self.bytes_total),
-            show_bytes(self.rate_bytes_per_s),
-            show_bytes(self.dirty_rate_bytes_per_s),
-            show_ms(self.predicted_downtime_ms)
-        )
+        // What is not known yet is not told.
+        if self.bytes_total == 0 {
+            return phase.to_owned();
+        }
+        let (sent, total) = (show_bytes(self.bytes_sent), show_bytes(self.bytes_total));
+        let mut text = format!("{phase}, round {}: {sent} of {total}", self.round);
+        if self.rate_bytes_per_s > 0 {
+            let rates = [self.rate_bytes_per_s, self.dirty_rate_bytes_per_s].map(show_bytes);
+            text.push_str(&format!(", {}/s, dirtying {}/s", rates[0], rates[1]));
+        }
+        if self.predicted_downtime_ms > 0.0 {
+            let predicted = show_ms(self.predicted_downtime_ms);
+            text.push_str(&format!(", predicted downtime {predicted}"));
+        }
+        text
     }
 
     fn percent(&self) -> String {

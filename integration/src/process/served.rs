@@ -70,7 +70,15 @@ impl Beside {
     /// # Errors
     /// When it does not start.
     pub fn client(nets: &TwoNets, side: Side) -> Result<Self> {
-        Self::start(nets, side, CLIENT, &[ADDRESS, PORT])
+        Self::client_of(nets, side, ADDRESS)
+    }
+
+    /// The same, of a server with another address.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn client_of(nets: &TwoNets, side: Side, address: &str) -> Result<Self> {
+        Self::start(nets, side, CLIENT, &[address, PORT])
     }
 
     /// One with that many connections, beside the program that there is room for.
@@ -201,9 +209,23 @@ impl Kind {
     /// # Errors
     /// When it does not come up.
     pub fn serve_blocks(self, nets: &TwoNets, blocks: u64) -> Result<()> {
-        let [option, net] = own_network(ADDRESS);
+        self.serve_at(nets, own_network(ADDRESS), "0.0.0.0", blocks)
+    }
+
+    /// The same, in such a network of its own, at that address in it.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn serve_at(
+        self,
+        nets: &TwoNets,
+        network: [String; 2],
+        address: &str,
+        blocks: u64,
+    ) -> Result<()> {
+        let [option, net] = network;
         let blocks = blocks.to_string();
-        let program = [PYTHON, "-c", SERVER, PORT, &blocks];
+        let program = [PYTHON, "-c", SERVER, PORT, &blocks, address];
         let started = match self {
             Self::Process => {
                 let command = ["exec-process", NAME, &option, &net, "--"];

@@ -70,7 +70,9 @@ def serve(connection, peer):
 
 
 try:
-    listener = socket.create_server(("0.0.0.0", int(sys.argv[1])))
+    host = sys.argv[3]
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, int(sys.argv[1])), family=family)
     say("listening")
     while True:
         connection, address = listener.accept()

@@ -134,6 +134,9 @@ fn soak(nets: &TwoNets, plan: Plan, mut tell: impl FnMut(u32, f64)) -> Result<Re
             ensure!(moved["verified"] == true, "move {number} was not verified: {moved}");
             verified += 1;
         }
+        // Each direction was measured once.
+        let predicted = moved["predicted_downtime_ms"].as_f64().unwrap_or_default();
+        ensure!(number <= 2 || predicted > 0.0, "move {number} had no prediction: {moved}");
         let mut stall = 0.0_f64;
         for (client, seen) in clients.iter_mut().zip(seen) {
             client.gets(served::WHOLE_MEMORY).with_context(|| format!("after move {number}"))?;

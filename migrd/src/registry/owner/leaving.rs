@@ -24,6 +24,11 @@ use crate::migration::source::{Context, End, Request};
 use crate::units::{MigrationId, PAGE_SIZE};
 use crate::workload::{Kind, Manifest, Workload};
 
+/// What must have been sent for its rate to be of use, in bytes.
+const LEAST: u64 = 1 << 20;
+/// The rate of this much or more replaces that of less, which has more of other costs in it.
+const TELLING: u64 = 1 << 24;
+
 impl Owner {
     pub(super) async fn question(
         &mut self,
@@ -310,10 +315,15 @@ impl Owner {
             // What follows goes as it is asked for.
             (None, Mode::Precopy | Mode::Postcopy) => return,
         };
-        if bytes > 1 << 24 && report.outcome == Outcome::Completed {
-            let rate = approximate(bytes) / took.as_secs_f64().max(1e-6);
-            let mut rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes < LEAST || report.outcome != Outcome::Completed {
+            return;
+        }
+        let rate = approximate(bytes) / took.as_secs_f64().max(1e-6);
+        let mut rates = self.shared.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes >= TELLING {
             rates.insert(report.destination.clone(), rate);
+        } else {
+            rates.entry(report.destination.clone()).or_insert(rate);
         }
     }
 }

@@ -144,8 +144,9 @@ impl Network {
         aside(move || ends.cut()).await
     }
 
-    /// Tells neighbours and switches that the workload's address is here now,
-    /// three times in a fifth of a second. For a network that was joined.
+    /// Tells neighbours and switches that the workload's address is here now, and asks for
+    /// those that it still waits for, three times in a fifth of a second. For a network that
+    /// was joined.
     ///
     /// # Errors
     /// When nothing could be sent.
@@ -157,6 +158,11 @@ impl Network {
         for turn in 0..ANNOUNCEMENTS {
             if turn > 0 {
                 tokio::time::sleep(BETWEEN_ANNOUNCEMENTS).await;
+                // A question or its answer may be lost like any frame.
+                let ends = Arc::clone(&self.0);
+                if let Err(error) = aside(move || ends.ask_again()).await {
+                    tracing::info!(%error, "neighbours were not asked again");
+                }
             }
             for frame in &frames {
                 last = socket.send(frame);

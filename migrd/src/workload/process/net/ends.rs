@@ -120,7 +120,7 @@ impl Ends {
 
     /// Asks for the neighbours that the kernel inside has asked for in vain: it holds what
     /// CRIU and the workload had to say to them, and would ask in a second.
-    fn ask_again(&self) -> Result<(), NetError> {
+    pub(super) fn ask_again(&self) -> Result<(), NetError> {
         let name = config::name_of(self.plan.id);
         let asked = Route::of(self.namespace.as_fd()).and_then(|mut there| there.asked(self.inner));
         let asked = asked.map_err(system("look at the neighbours of", &name))?;
