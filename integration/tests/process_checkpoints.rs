@@ -51,8 +51,10 @@ fn crit_reads_what_a_checkpoint_has_written() -> Result<()> {
     let directory = saved(&pair, counter, &[])?;
     counter.counts(&pair.a, 5)?;
     ensure!(fs::metadata(&directory)?.permissions().mode() & 0o777 == 0o700);
-    // Nothing but CRIU's own files.
-    image_names(&directory)?;
+    // Nothing but CRIU's own files, and one beside them.
+    let names = image_names(&directory)?;
+    let ours: Vec<_> = names.iter().filter(|name| name.starts_with("migr-")).collect();
+    ensure!(ours == ["migr-tcp-options.img"], "{ours:?}");
     let images = images(&directory);
     let tree: Value = serde_json::from_str(&crit(&["show", text(&images.join("pstree.img"))?])?)?;
     ensure!(tree["entries"].as_array().is_some_and(|all| all.len() == 4), "{tree}");

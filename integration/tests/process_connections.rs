@@ -121,7 +121,7 @@ fn connections_over_ipv6_live_on() -> Result<()> {
         }
         let address = "fd98::50";
         let network = ["--net".to_owned(), format!("ip={address}/64,bridge={BRIDGE}")];
-        Kind::Process.serve_at(nets, network, "::", 128)?;
+        Kind::Process.serve_at(nets, &network, "::", 128)?;
         let sides = [Side::A, Side::B];
         let clients = sides.map(|side| Beside::client_of(nets, side, address));
         let mut clients = clients.into_iter().collect::<Result<Vec<_>>>()?;

@@ -1,7 +1,7 @@
 //! The table of what moves, in docs/processes.md: a program has one of each, and CRIU
 //! moves it there and back.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -9,23 +9,11 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use integration::host_pair::migrate;
 use integration::process::served::{ADDRESS, own_network};
-use integration::process::{PYTHON, lines, type_line, wait_for_line};
+use integration::process::things::{THINGS, answer};
+use integration::process::{PYTHON, wait_for_line};
 use integration::two_nets::{Side, on_two_hosts};
-use integration::wait;
 
-const THINGS: &str = include_str!("../src/process/things.py");
 const NAME: &str = "things";
-
-/// What the program says of each thing, asked with that word.
-fn answer(host: &integration::daemon::Daemon, word: &str) -> Result<BTreeMap<String, String>> {
-    type_line(host, NAME, word)?;
-    let begin = format!("ANSWER {word} ");
-    let line = wait::until("the program's answer", || {
-        Ok(lines(host, NAME)?.into_iter().find(|line| line.starts_with(&begin)))
-    })?;
-    let things = line[begin.len()..].split(' ').filter_map(|thing| thing.split_once('='));
-    Ok(things.map(|(name, state)| (name.replace('_', " "), state.to_owned())).collect())
-}
 
 /// The words of the table's last column that are things of the program.
 fn documented() -> Result<BTreeSet<String>> {
@@ -88,7 +76,7 @@ fn everything_that_is_said_to_move_moves_there_and_back() -> Result<()> {
                 }
                 migrate(from, to, NAME, &["--mode", "stop", "--file-locks"])?.ok()?;
             }
-            let things = answer(nets.daemon(at), &format!("q{number}"))?;
+            let things = answer(nets.daemon(at), NAME, &format!("q{number}"))?;
             let wrong: Vec<_> = things.iter().filter(|(_, state)| *state != "right").collect();
             ensure!(wrong.is_empty(), "after {number} moves: {wrong:?}");
             let names: BTreeSet<_> = things.into_keys().collect();

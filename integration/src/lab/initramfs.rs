@@ -46,6 +46,8 @@ const MODULES: &[&str] = &[
     "netlink_diag",
     "af_packet_diag",
     "raw_diag",
+    // What a connection may have above it.
+    "tls",
     // And about connections that the kernel tracks, where a tree has its own network.
     "nf_conntrack_netlink",
 ];

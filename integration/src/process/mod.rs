@@ -10,6 +10,7 @@ pub mod served;
 pub mod show;
 pub mod snapshot;
 pub mod soak;
+pub mod things;
 
 use std::path::Path;
 

@@ -209,7 +209,7 @@ impl Kind {
     /// # Errors
     /// When it does not come up.
     pub fn serve_blocks(self, nets: &TwoNets, blocks: u64) -> Result<()> {
-        self.serve_at(nets, own_network(ADDRESS), "0.0.0.0", blocks)
+        self.serve_at(nets, &own_network(ADDRESS), "0.0.0.0", blocks)
     }
 
     /// The same, in such a network of its own, at that address in it.
@@ -219,26 +219,40 @@ impl Kind {
     pub fn serve_at(
         self,
         nets: &TwoNets,
-        network: [String; 2],
+        network: &[String; 2],
         address: &str,
         blocks: u64,
     ) -> Result<()> {
+        let program = [PYTHON, "-c", SERVER, PORT, &blocks.to_string(), address];
+        self.start(nets, NAME, network, &program)?;
+        wait_for_line(&nets.a, NAME, "listening")
+    }
+
+    /// Starts a program of the host's on host A, with a network of its own.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn start(
+        self,
+        nets: &TwoNets,
+        name: &str,
+        network: &[String; 2],
+        program: &[&str],
+    ) -> Result<()> {
         let [option, net] = network;
-        let blocks = blocks.to_string();
-        let program = [PYTHON, "-c", SERVER, PORT, &blocks, address];
         let started = match self {
             Self::Process => {
-                let command = ["exec-process", NAME, &option, &net, "--"];
-                nets.a.migctl(&[&command[..], &program].concat())
+                let command = ["exec-process", name, option, net, "--"];
+                nets.a.migctl(&[&command[..], program].concat())
             }
             Self::Container => {
-                let bundle = bundle(&nets.directory().join("bundle"), &program)?;
+                let bundle = bundle(&nets.directory().join("bundle"), program)?;
                 let bundle = bundle.path.display().to_string();
-                nets.a.migctl(&["run-container", NAME, "--bundle", &bundle, &option, &net])
+                nets.a.migctl(&["run-container", name, "--bundle", &bundle, option, net])
             }
         };
         started?.ok()?;
-        wait_for_line(&nets.a, NAME, "listening")
+        Ok(())
     }
 }
 

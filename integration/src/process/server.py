@@ -70,7 +70,7 @@ def serve(connection, peer):
 
 
 try:
-    host = sys.argv[3]
+    host = sys.argv[3] if len(sys.argv) > 3 else "0.0.0.0"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, int(sys.argv[1])), family=family)
     say("listening")

@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-/// The directory of CRIU's files in a snapshot.
+/// The directory of images in a snapshot.
 #[must_use]
 pub fn images(snapshot: &Path) -> PathBuf {
     snapshot.join("images")
 }
 
-/// The names of CRIU's files, sorted.
+/// The names of CRIU's images and migr's, sorted.
 ///
 /// # Errors
-/// When there are none, or what is there is none of CRIU's.
+/// When there are none, or what is there is none.
 pub fn image_names(snapshot: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(images(snapshot)).context("a snapshot without images")? {

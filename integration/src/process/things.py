@@ -2,7 +2,7 @@
 # still what it was. Asked with a line on its standard input, it answers with a line:
 # "ANSWER LINE NAME=right NAME=REASON…".
 #
-# Argument: a directory for its files.
+# Arguments: a directory for its files, and the things that it is to have, by default all.
 import array
 import ctypes
 import fcntl
@@ -29,7 +29,8 @@ def thing(name):
     """A function that makes something and returns what checks it."""
 
     def add(make):
-        things[name] = make()
+        if len(sys.argv) < 3 or name in sys.argv[2:]:
+            things[name] = make()
 
     return add
 
@@ -364,6 +365,104 @@ def _():
     return check
 
 
+@thing("options of TCP sockets")
+def _():
+    ip, ipv6, of_socket, tcp = socket.IPPROTO_IP, socket.IPPROTO_IPV6, socket.SOL_SOCKET, socket.IPPROTO_TCP
+    # Level, number, value; the numbers that Python has no name for are Linux's.
+    carried_by_criu = [
+        (of_socket, socket.SO_LINGER, struct.pack("ii", 1, 77)),
+        (of_socket, socket.SO_OOBINLINE, 1),
+        (of_socket, socket.SO_KEEPALIVE, 1),
+        (of_socket, socket.SO_RCVLOWAT, 2),
+        (of_socket, socket.SO_SNDTIMEO, struct.pack("ll", 50, 0)),
+        (tcp, socket.TCP_NODELAY, 1),
+        (tcp, socket.TCP_KEEPCNT, 4),
+        (tcp, socket.TCP_KEEPIDLE, 555),
+        (tcp, socket.TCP_KEEPINTVL, 66),
+    ]
+    every = carried_by_criu + [
+        (of_socket, 47, struct.pack("L", 5_000_000)),  # SO_MAX_PACING_RATE
+        (of_socket, 60, 1),  # SO_ZEROCOPY
+        (of_socket, 35, 1),  # SO_TIMESTAMPNS
+        (tcp, socket.TCP_CONGESTION, b"reno"),
+        (tcp, socket.TCP_USER_TIMEOUT, 34567),
+        (tcp, socket.TCP_NOTSENT_LOWAT, 16384),
+        (tcp, socket.TCP_SYNCNT, 3),
+        (tcp, socket.TCP_LINGER2, 19),
+        (tcp, 16, 1),  # TCP_THIN_LINEAR_TIMEOUTS
+        (tcp, 36, 1),  # TCP_INQ
+        (ip, 10, 0),  # IP_MTU_DISCOVER
+        (ip, 21, 1),  # IP_MINTTL
+        (ip, 11, 1),  # IP_RECVERR
+        (ip, socket.IP_TOS, 16),
+        (ip, socket.IP_TTL, 33),
+        # After IP_TOS, which sets it.
+        (of_socket, socket.SO_PRIORITY, 5),
+    ]
+    listening = [
+        (tcp, socket.TCP_MAXSEG, 1000),
+        (tcp, socket.TCP_WINDOW_CLAMP, 40000),
+        (tcp, socket.TCP_DEFER_ACCEPT, 7),
+        (tcp, socket.TCP_FASTOPEN, 5),
+        (tcp, 34, 1),  # TCP_FASTOPEN_NO_COOKIE
+        (tcp, 27, 1),  # TCP_SAVE_SYN
+    ]
+    of_ipv6 = [
+        (ipv6, socket.IPV6_TCLASS, 32),
+        (ipv6, socket.IPV6_UNICAST_HOPS, 44),
+        (ipv6, 23, 0),  # IPV6_MTU_DISCOVER
+        (ipv6, 73, 1),  # IPV6_MINHOPCOUNT
+        (ipv6, 25, 1),  # IPV6_RECVERR
+    ]
+    switches = [(of_socket, socket.SO_REUSEADDR, 1), (of_socket, socket.SO_REUSEPORT, 1)]
+
+    def values(of, options):
+        return {(level, number): of.getsockopt(level, number, 16) for level, number, _ in options}
+
+    def connect(server):
+        client = socket.create_connection(server.getsockname()[:2])
+        # With TCP_DEFER_ACCEPT there is nothing to accept before.
+        client.send(b"data")
+        return client, server.accept()[0]
+
+    def made(family, address, options):
+        """Sockets with all of them, and with none of them; what each is to have."""
+        expected = []
+        for own in (options, []):
+            server = socket.socket(family)
+            for option in own and own + listening:
+                server.setsockopt(*option)
+            server.bind((address, 0))
+            server.listen()
+            client, served = connect(server)
+            inherited = values(served, options)
+            for of in (client, served):
+                for option in own:
+                    of.setsockopt(*option)
+            expected.append((server, values(server, options + listening), inherited))
+            expected += [(of, values(of, options), None) for of in (client, served)]
+        return expected
+
+    expected = made(socket.AF_INET, "127.0.0.1", every + switches)
+    expected += made(socket.AF_INET6, "::1", every + of_ipv6 + switches)
+
+    def check():
+        wrong = []
+        for index, (of, wanted, inherited) in enumerate(expected):
+            found = {(level, number): of.getsockopt(level, number, 16) for level, number in wanted}
+            wrong += [(index, option) for option in wanted if found[option] != wanted[option]]
+            if inherited:
+                client, served = connect(of)
+                found = {option: served.getsockopt(*option, 16) for option in inherited}
+                wrong += [(index, "inherited", option) for option in found if found[option] != inherited[option]]
+                client.close(), served.close()
+        if wrong:
+            raise ValueError(wrong)
+        return True
+
+    return check
+
+
 @thing("UDP sockets")
 def _():
     one, two = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
@@ -402,7 +501,8 @@ def _():
     def check():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"see this", ("127.0.0.1", 9))
-        for _ in range(200):
+        # It hears of every other socket's packets, too.
+        for _ in range(5000):
             if packets.recv(2000).endswith(b"see this"):
                 return True
         return False

@@ -6,10 +6,11 @@
 //! A CRIU that was killed does not: the connections of a tree that runs on would be
 //! silent for ever.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use nix::fcntl::readlinkat;
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockopt, setsockopt, sockopt};
 
 use super::cgroup::Cgroup;
@@ -75,14 +76,7 @@ fn of_all(cgroup: &Cgroup, act: impl Fn(&OwnedFd) -> io::Result<bool>) -> io::Re
 fn of_process(pid: u32, act: &impl Fn(&OwnedFd) -> io::Result<bool>) -> io::Result<usize> {
     let process = PidFd::open(pid)?;
     let mut done = 0;
-    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.parse().ok());
-        let to = fs::read_link(entry.path()).unwrap_or_default();
-        let (Some(number), true) = (number, to.to_string_lossy().starts_with("socket:")) else {
-            continue;
-        };
+    for (number, _) in sockets_of(pid)? {
         let socket = match process.descriptor(number) {
             Err(error) if error.raw_os_error() == Some(libc::EBADF) => continue,
             other => other?,
@@ -92,7 +86,25 @@ fn of_process(pid: u32, act: &impl Fn(&OwnedFd) -> io::Result<bool>) -> io::Resu
     Ok(done)
 }
 
-fn is_gone(error: &io::Error) -> bool {
+/// The descriptors of a process that are sockets, each with the socket's inode.
+///
+/// # Errors
+/// When it is gone, or may not be looked into.
+pub(super) fn sockets_of(pid: u32) -> io::Result<Vec<(RawFd, u64)>> {
+    let directory = File::open(format!("/proc/{pid}/fd"))?;
+    let mut sockets = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let name = entry?.file_name();
+        let number = name.to_str().and_then(|name| name.parse().ok());
+        let to = readlinkat(&directory, name.as_os_str()).unwrap_or_default();
+        let inode = to.to_str().and_then(|to| to.strip_prefix("socket:[")?.strip_suffix(']'));
+        let inode = inode.and_then(|inode| inode.parse().ok());
+        sockets.extend(number.zip(inode));
+    }
+    Ok(sockets)
+}
+
+pub(super) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 

@@ -33,6 +33,14 @@ pub fn current() -> io::Result<OwnedFd> {
     Ok(File::open("/proc/thread-self/ns/net")?.into())
 }
 
+/// The network namespace of the process that has `pid` now.
+///
+/// # Errors
+/// When there is none, or it may not be looked into.
+pub fn of_process(pid: u32) -> io::Result<OwnedFd> {
+    Ok(File::open(format!("/proc/{pid}/ns/net"))?.into())
+}
+
 /// The number of a namespace, as in `net:[4026531840]`; no other has it while
 /// this one is there.
 ///

@@ -1,10 +1,10 @@
-//! Sockets that have a name in the file system, and what the kernel says of another
-//! process's.
+//! Sockets that have a name in the file system, what the kernel says of another
+//! process's, and options by number.
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -85,6 +85,45 @@ pub fn protocol(path: &Path) -> io::Result<String> {
     let name = name.get(..length).unwrap_or(&name);
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     Ok(String::from_utf8_lossy(&name[..end]).into_owned())
+}
+
+/// Reads an option of a socket (socket(7), tcp(7)); how many bytes of `into` it takes.
+///
+/// # Errors
+/// What getsockopt(2) says; ENOPROTOOPT when the kernel does not know it.
+pub fn option(
+    socket: impl AsFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    into: &mut [u8],
+) -> io::Result<usize> {
+    let mut length = libc::socklen_t::try_from(into.len()).map_err(io::Error::other)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel writes at most `length` bytes, which `into` has.
+    let read =
+        unsafe { libc::getsockopt(fd, level, name, into.as_mut_ptr().cast(), &raw mut length) };
+    if read < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(usize::try_from(length).map_or(into.len(), |length| length.min(into.len())))
+}
+
+/// Sets an option of a socket.
+///
+/// # Errors
+/// What setsockopt(2) says.
+pub fn set_option(
+    socket: impl AsFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &[u8],
+) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(value.len()).map_err(io::Error::other)?;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads `length` bytes, which `value` has. Options that hold a
+    // pointer are not among those that migr sets, and are the kernel's to check.
+    let set = unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), length) };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

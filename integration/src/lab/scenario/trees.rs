@@ -210,10 +210,31 @@ pub fn there_and_back(moves: usize) -> Result<()> {
     ensure!(said.matches("accepted").count() == 1, "more than one connection:\n{said}");
     ends(home, "echo")?;
     table.print();
+    what_tls_is_in_the_kernel_is_named(&lab)?;
     containers::goes_ahead(&lab)?;
     nothing_is_left(&lab, &before)?;
     lab.done();
     Ok(())
+}
+
+/// A connection to itself that the kernel encrypts, as far as CRIU would see.
+const ENCRYPTED: &str = "import socket, time\n\
+                         l = socket.create_server(('127.0.0.1', 0))\n\
+                         near = socket.create_connection(l.getsockname())\n\
+                         far, _ = l.accept()\n\
+                         near.setsockopt(socket.IPPROTO_TCP, 31, b'tls')\n\
+                         print('encrypted', flush=True)\n\
+                         time.sleep(100000)";
+
+/// The kernels that tests run on elsewhere need not have it.
+fn what_tls_is_in_the_kernel_is_named(lab: &Lab) -> Result<()> {
+    let (here, there) = (lab.host(1)?, lab.host(2)?);
+    run(here, "encrypted", &[], ENCRYPTED, &[])?;
+    here.wait_for_output("encrypted", "encrypted")?;
+    let to = there.number().migrd().to_string();
+    let plan = here.migctl(&["migrate", "encrypted", "--to", &to, "--dry-run"])?;
+    plan.expect(3, &["tcp-ulp", "tls above it in the kernel"])?;
+    ends(here, "encrypted")
 }
 
 /// Where snapshots are, in a host.

@@ -21,6 +21,7 @@ use crate::keeper::hold::{
     system_failure,
 };
 use crate::keeper::lazy_pages::LazyPages;
+use crate::keeper::tcp_options::TcpOptions;
 use crate::keeper::timers;
 use crate::sys::sockets::listen_at;
 
@@ -70,6 +71,7 @@ impl Restore<'_> {
     ) -> Result<bool, Failure> {
         let system = |error: io::Error| system_failure(&error);
         let cgroup = Cgroup::at(&self.work.cgroup);
+        let sockets = TcpOptions::load(&self.work.images)?;
         let listener = self.prepare(&cgroup).map_err(system)?;
         let mut runc = self.start().map_err(system)?;
         // What runs in the container stays in the cgroup that CRIU is in. Where cgroup
@@ -100,6 +102,7 @@ impl Restore<'_> {
                 if let Err(error) = started {
                     eprintln!("timers of its processes may stand still: {error}");
                 }
+                sockets.apply(&cgroup, init);
                 // CRIU is in the cgroup, too, and has to go on when that is frozen.
                 cgroup::take_in(relay.pid)?;
                 lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.complete())?;

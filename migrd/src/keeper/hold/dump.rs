@@ -12,6 +12,7 @@ use crate::keeper::connections;
 use crate::keeper::criu::rpc::{PageServerInfo, Request};
 use crate::keeper::criu::session::inherited;
 use crate::keeper::criu::{Failure, Launch, Session};
+use crate::keeper::tcp_options::TcpOptions;
 
 /// How long CRIU may take to have every process of a tree in its hand.
 const SEIZE_LIMIT: Duration = Duration::from_secs(20);
@@ -45,8 +46,9 @@ fn dump_held(
     let mut session = started.map_err(|e| system_failure(&e))?;
     session.request(&Request::dump(options)).map_err(|e| system_failure(&e))?;
     let criu = session.pid();
+    let mut stuck = None;
     let held = std::thread::scope(|scope| {
-        let mut seized = None;
+        let (mut seized, mut sockets) = (None, None);
         let held = drive(&mut session, Session::next, |script, _| match script {
             READY => {
                 tell(News::Ready);
@@ -55,11 +57,18 @@ fn dump_held(
                 // can't. It has to hold every one of them before they are let go by the
                 // cgroup.
                 seized = stopped.then(|| scope.spawn(|| thaw_when_seized(&cgroup, criu)));
+                // From here on they stand still, by their cgroup or by CRIU.
+                sockets = stopped.then(|| scope.spawn(|| TcpOptions::read(&cgroup, pid)));
                 stopped
             }
             DUMPED => {
                 // Should CRIU die, the processes stand still all the same.
                 if cgroup.set_frozen(true).is_err() {
+                    return false;
+                }
+                let sockets = sockets.take().and_then(|reading| reading.join().ok());
+                if let Err(error) = sockets.map_or(Ok(()), |read| read.write(&work.images)) {
+                    stuck = Some(error);
                     return false;
                 }
                 tell(News::Dumped);
@@ -80,6 +89,9 @@ fn dump_held(
             Ok(count) => eprintln!("CRIU had left {count} TCP connections silent"),
             Err(error) => eprintln!("TCP connections may stay silent: {error}"),
         }
+    }
+    if let Some(error) = stuck {
+        return Err(system_failure(&format!("options of TCP sockets can't be written: {error}")));
     }
     match held {
         // A dump that was not to be "fails".

@@ -23,6 +23,7 @@ use crate::keeper::criu::session::inherited;
 use crate::keeper::criu::{Failure, Launch, Session};
 use crate::keeper::following::Following;
 use crate::keeper::lazy_pages::LazyPages;
+use crate::keeper::tcp_options::TcpOptions;
 use crate::keeper::timers;
 
 /// Where a tree is made.
@@ -132,6 +133,7 @@ fn restore_to_the_word(
 ) -> Result<bool, Failure> {
     let system = |error: io::Error| system_failure(&error);
     let cgroup = Cgroup::at(&work.cgroup);
+    let sockets = TcpOptions::load(&work.images)?;
     let mut options = work.options(RESTORE_LOG);
     options.rst_sibling = Some(true);
     options.auto_dedup = Some(true);
@@ -172,6 +174,7 @@ fn restore_to_the_word(
             if let Err(error) = started {
                 eprintln!("timers of its processes may stand still: {error}");
             }
+            sockets.apply(&cgroup, init);
             // CRIU is in the cgroup, too, and has to go on when that is frozen.
             let ready = lazy_pages.as_mut().map_or(Ok(()), |lazy_pages| lazy_pages.complete());
             match ready.and_then(|()| cgroup::take_in(criu)) {
