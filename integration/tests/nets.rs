@@ -64,7 +64,8 @@ fn a_vm_has_its_taps_as_long_as_it_lives() -> Result<()> {
         ensure!(told["nets"][0]["tap"] == "tap0" && told["nets"][0]["mac"] == MAC, "{told}");
         let made = told["nets"][1]["tap"].as_str().context("no name")?.to_owned();
         ensure!(ip(&format!("-o link show {made}"))?.contains("master br0"));
-        run(&pair, "other", &["tap=tap0"])?.expect(1, &["tap0 is in use"])?;
+        let of_whom = format!("{NAME} has the tap tap0");
+        run(&pair, "other", &["tap=tap0"])?.expect(1, &["ADDRESS_TAKEN", &of_whom])?;
         let expected = ["destination-tap-busy", "destination-tap-busy"];
         ensure!(blockers(&pair.a, &pair.b)? == expected);
         pair.a.migctl(&["stop", NAME, "--force"])?.ok()?;
@@ -81,7 +82,9 @@ fn a_vm_has_its_taps_as_long_as_it_lives() -> Result<()> {
 fn a_bridge_that_the_destination_lacks_is_named_before_anything_is_touched() -> Result<()> {
     in_own_network(|| {
         let pair = HostPair::start()?;
-        ip("link add br0 type bridge")?;
+        ip(&format!("link add br0 address {MAC} type bridge"))?;
+        let taken = run(&pair, NAME, &[&format!("bridge=br0,mac={MAC}")])?;
+        taken.expect(1, &["interface br0 has the hardware address", MAC, "another mac="])?;
         run(&pair, NAME, &["bridge=br0"])?.ok()?;
         ip("link del br0")?;
         ensure!(blockers(&pair.a, &pair.b)? == ["destination-bridge-missing"]);

@@ -372,6 +372,12 @@ fn a_destination_that_cannot_have_the_network_is_refused_by_name() -> Result<()>
         nets.expect_nothing_left(Side::B)?;
 
         nets.ip(Side::B, &format!("addr del 10.98.0.51/24 dev {BRIDGE}"))?;
+        let told = nets.a.ask(&["inspect", NAME])?;
+        let mac = told["process"]["net"]["mac"].as_str().context("no hardware address")?;
+        nets.ip(Side::B, &format!("link set br1 address {mac}"))?;
+        ensure!(blockers(nets)? == ["destination-address-taken"]);
+        go(nets, Side::A, &[])?.expect(3, &["br1 has the hardware address", mac])?;
+        nets.ip(Side::B, "link set br1 address 02:00:00:00:00:99")?;
         go(nets, Side::A, &[])?.ok()?;
         clear(nets, Side::B)
     })

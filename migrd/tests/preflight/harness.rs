@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use migrd::sys::process::isolate;
+use migrd::sys::process::{PidFd, isolate};
 use migrd::workload::process::preflight::{Findings, Options, scan};
 
 /// Makes a mount namespace with a /proc of its own and becomes the program, as
@@ -165,7 +165,11 @@ impl Tree {
 
 impl Drop for Tree {
     fn drop(&mut self) {
-        // Its child goes with it, and with that the whole namespace.
+        // The whole namespace goes with its init. That does not go with its parent if it has
+        // changed its user (prctl(2), PR_SET_PDEATHSIG).
+        if let Ok(init) = PidFd::open(self.init) {
+            let _ = init.kill();
+        }
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();
     }
