@@ -24,3 +24,15 @@ pub mod soak;
 pub mod tidy;
 pub mod two_nets;
 pub mod wait;
+
+/// Makes tests that have the function in common, each with its name and arguments:
+/// `tests_of! { crash: at_the_start(1); at_the_end(2); }`.
+#[macro_export]
+macro_rules! tests_of {
+    ($function:ident: $($name:ident($($argument:expr),*);)*) => {
+        $(#[test]
+        fn $name() -> ::anyhow::Result<()> {
+            $function($($argument),*)
+        })*
+    };
+}

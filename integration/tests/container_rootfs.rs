@@ -286,21 +286,13 @@ fn crash(point: &str, at_source: bool) -> Result<()> {
     pair.finish(NAME)
 }
 
-macro_rules! crashes {
-    ($($name:ident: $point:literal => $at_source:expr;)*) => {
-        $(#[test]
-        fn $name() -> Result<()> {
-            crash($point, $at_source)
-        })*
-    };
-}
-
-crashes! {
-    a_source_killed_while_files_go_leaves_nothing_elsewhere: "source-files-chunk" => true;
-    a_source_killed_while_it_stands_still_leaves_nothing_elsewhere: "source-frozen" => true;
-    a_source_killed_after_released_leaves_one_root_file_system: "source-released" => false;
-    a_destination_killed_with_an_empty_root_leaves_nothing: "destination-accepted" => true;
-    a_destination_killed_before_the_root_is_whole_leaves_nothing: "destination-loading" => true;
-    a_destination_killed_with_the_root_whole_leaves_one: "destination-sealed" => true;
-    a_destination_killed_when_it_owns_the_container_has_its_root: "destination-owned" => false;
+integration::tests_of! {
+    crash:
+    a_source_killed_while_files_go_leaves_nothing_elsewhere("source-files-chunk", true);
+    a_source_killed_while_it_stands_still_leaves_nothing_elsewhere("source-frozen", true);
+    a_source_killed_after_released_leaves_one_root_file_system("source-released", false);
+    a_destination_killed_with_an_empty_root_leaves_nothing("destination-accepted", true);
+    a_destination_killed_before_the_root_is_whole_leaves_nothing("destination-loading", true);
+    a_destination_killed_with_the_root_whole_leaves_one("destination-sealed", true);
+    a_destination_killed_when_it_owns_the_container_has_its_root("destination-owned", false);
 }

@@ -382,21 +382,14 @@ fn crash(point: &str, at_source: Option<bool>) -> Result<()> {
     pair.finish(NAME)
 }
 
-macro_rules! crashes {
-    ($($name:ident: $point:literal => $at_source:expr;)*) => {
-        $(#[test]
-        fn $name() -> Result<()> {
-            crash($point, $at_source)
-        })*
-    };
-}
-
-crashes! {
-    a_source_killed_while_criu_writes_keeps_the_container: "source-frozen" => Some(true);
-    a_source_killed_before_released_keeps_the_container: "source-sealed" => Some(true);
-    a_source_killed_after_released_ends_with_one_container: "source-released" => Some(false);
-    a_destination_killed_before_it_made_the_container_leaves_it_at_the_source:
-        "destination-loading" => Some(true);
-    a_destination_killed_with_the_container_made_ends_with_one: "destination-sealed" => Some(true);
-    a_destination_killed_when_it_owns_the_container_runs_it: "destination-owned" => Some(false);
+integration::tests_of! {
+    crash:
+    a_source_killed_while_criu_writes_keeps_the_container("source-frozen", Some(true));
+    a_source_killed_before_released_keeps_the_container("source-sealed", Some(true));
+    a_source_killed_after_released_ends_with_one_container("source-released", Some(false));
+    a_destination_killed_before_it_made_the_container_leaves_it_at_the_source(
+        "destination-loading", Some(true)
+    );
+    a_destination_killed_with_the_container_made_ends_with_one("destination-sealed", Some(true));
+    a_destination_killed_when_it_owns_the_container_runs_it("destination-owned", Some(false));
 }

@@ -86,63 +86,81 @@ fn settled(pair: &HostPair, name: &str, home: Home) -> Result<()> {
     Ok(())
 }
 
-macro_rules! crashes {
-    ($($name:ident: $point:literal, $killed:ident => $home:ident;)*) => {
-        $(#[test]
-        fn $name() -> Result<()> {
-            crash($point, Killed::$killed, Home::$home)
-        })*
-    };
-}
+integration::tests_of! {
+    crash:
+    source_killed_after_the_offer_keeps_the_guest("source-offered", Killed::Source, Home::Source);
+    destination_killed_after_the_offer_leaves_the_guest_at_the_source(
+        "source-offered", Killed::Destination, Home::Source
+    );
+    destination_killed_while_accepting_leaves_the_guest_at_the_source(
+        "destination-accepted", Killed::Destination, Home::Source
+    );
 
-crashes! {
-    source_killed_after_the_offer_keeps_the_guest: "source-offered", Source => Source;
-    destination_killed_after_the_offer_leaves_the_guest_at_the_source:
-        "source-offered", Destination => Source;
-    destination_killed_while_accepting_leaves_the_guest_at_the_source:
-        "destination-accepted", Destination => Source;
+    source_killed_during_precopy_keeps_the_guest(
+        "source-precopy-round", Killed::Source, Home::Source
+    );
+    destination_killed_during_precopy_leaves_the_guest_at_the_source(
+        "source-precopy-round", Killed::Destination, Home::Source
+    );
+    both_killed_during_precopy_leave_the_guest_at_the_source(
+        "source-precopy-round", Killed::Both, Home::Source
+    );
 
-    source_killed_during_precopy_keeps_the_guest: "source-precopy-round", Source => Source;
-    destination_killed_during_precopy_leaves_the_guest_at_the_source:
-        "source-precopy-round", Destination => Source;
-    both_killed_during_precopy_leave_the_guest_at_the_source:
-        "source-precopy-round", Both => Source;
+    source_killed_after_the_stop_lets_the_guest_go_on(
+        "source-frozen", Killed::Source, Home::Source
+    );
+    destination_killed_after_the_stop_lets_the_guest_go_on_at_the_source(
+        "source-frozen", Killed::Destination, Home::Source
+    );
+    both_killed_after_the_stop_let_the_guest_go_on_at_the_source(
+        "source-frozen", Killed::Both, Home::Source
+    );
+    destination_killed_while_loading_lets_the_guest_go_on_at_the_source(
+        "destination-loading", Killed::Destination, Home::Source
+    );
 
-    source_killed_after_the_stop_lets_the_guest_go_on: "source-frozen", Source => Source;
-    destination_killed_after_the_stop_lets_the_guest_go_on_at_the_source:
-        "source-frozen", Destination => Source;
-    both_killed_after_the_stop_let_the_guest_go_on_at_the_source:
-        "source-frozen", Both => Source;
-    destination_killed_while_loading_lets_the_guest_go_on_at_the_source:
-        "destination-loading", Destination => Source;
+    source_killed_after_sealed_takes_the_guest_back("source-sealed", Killed::Source, Home::Source);
+    destination_killed_after_sealed_ends_with_one_guest(
+        "source-sealed", Killed::Destination, Home::Either
+    );
+    both_killed_after_sealed_leave_the_guest_at_the_source(
+        "source-sealed", Killed::Both, Home::Source
+    );
+    destination_killed_before_it_said_sealed_leaves_the_guest_at_the_source(
+        "destination-sealed", Killed::Destination, Home::Source
+    );
+    source_killed_before_it_heard_of_sealed_keeps_the_guest(
+        "destination-sealed", Killed::Source, Home::Source
+    );
+    both_killed_before_sealed_was_heard_of_leave_the_guest_at_the_source(
+        "destination-sealed", Killed::Both, Home::Source
+    );
 
-    source_killed_after_sealed_takes_the_guest_back: "source-sealed", Source => Source;
-    destination_killed_after_sealed_ends_with_one_guest: "source-sealed", Destination => Either;
-    both_killed_after_sealed_leave_the_guest_at_the_source: "source-sealed", Both => Source;
-    destination_killed_before_it_said_sealed_leaves_the_guest_at_the_source:
-        "destination-sealed", Destination => Source;
-    source_killed_before_it_heard_of_sealed_keeps_the_guest:
-        "destination-sealed", Source => Source;
-    both_killed_before_sealed_was_heard_of_leave_the_guest_at_the_source:
-        "destination-sealed", Both => Source;
+    source_killed_after_released_has_given_the_guest_away(
+        "source-released", Killed::Source, Home::Destination
+    );
+    destination_killed_after_released_still_gets_the_guest(
+        "source-released", Killed::Destination, Home::Destination
+    );
+    both_killed_after_released_end_with_the_guest_at_the_destination(
+        "source-released", Killed::Both, Home::Destination
+    );
 
-    source_killed_after_released_has_given_the_guest_away:
-        "source-released", Source => Destination;
-    destination_killed_after_released_still_gets_the_guest:
-        "source-released", Destination => Destination;
-    both_killed_after_released_end_with_the_guest_at_the_destination:
-        "source-released", Both => Destination;
-
-    destination_killed_before_the_first_instruction_still_runs_the_guest:
-        "destination-owned", Destination => Destination;
-    source_killed_before_the_first_instruction_has_given_the_guest_away:
-        "destination-owned", Source => Destination;
-    both_killed_before_the_first_instruction_end_at_the_destination:
-        "destination-owned", Both => Destination;
-    destination_killed_once_the_guest_runs_keeps_it:
-        "destination-running", Destination => Destination;
-    source_killed_before_it_noted_the_confirmation_does_not_run_it_again:
-        "source-activated", Source => Destination;
+    destination_killed_before_the_first_instruction_still_runs_the_guest(
+        "destination-owned", Killed::Destination, Home::Destination
+    );
+    source_killed_before_the_first_instruction_has_given_the_guest_away(
+        "destination-owned", Killed::Source, Home::Destination
+    );
+    both_killed_before_the_first_instruction_end_at_the_destination(
+        "destination-owned", Killed::Both, Home::Destination
+    );
+    destination_killed_once_the_guest_runs_keeps_it(
+        "destination-running", Killed::Destination, Home::Destination
+    );
+    source_killed_before_it_noted_the_confirmation_does_not_run_it_again(
+        "source-activated", Killed::Source, Home::Destination
+    );
 }
 
 #[test]

@@ -437,34 +437,18 @@ fn one_runs(pair: &HostPair, name: &str) -> Result<bool> {
     })
 }
 
-macro_rules! crashes {
-    ($($name:ident: $point:literal, source $source:literal, copied $copied:literal;)*) => {
-        $(#[test]
-        fn $name() -> Result<()> {
-            crash($point, $source, $copied)
-        })*
-    };
-}
-
-crashes! {
-    source_killed_once_it_has_let_go_takes_the_disk_again:
-        "source-let-go", source true, copied false;
-    source_killed_once_released_has_given_the_disk_away:
-        "source-released", source true, copied false;
-    destination_killed_after_released_still_gets_the_disk:
-        "source-released", source false, copied false;
-    destination_killed_once_owned_opens_the_disk_then:
-        "destination-owned", source false, copied false;
-    destination_killed_once_running_keeps_the_disk:
-        "destination-running", source false, copied false;
-    source_killed_once_it_has_let_go_of_a_copied_disk_keeps_its_own:
-        "source-let-go", source true, copied true;
-    source_killed_once_released_leaves_the_copy_to_the_destination:
-        "source-released", source true, copied true;
-    destination_killed_before_it_said_sealed_drops_its_copy:
-        "destination-sealed", source false, copied true;
-    destination_killed_once_owned_runs_with_its_copy:
-        "destination-owned", source false, copied true;
+// Where it halts, whether the source is killed, whether the disk is copied.
+integration::tests_of! {
+    crash:
+    source_killed_once_it_has_let_go_takes_the_disk_again("source-let-go", true, false);
+    source_killed_once_released_has_given_the_disk_away("source-released", true, false);
+    destination_killed_after_released_still_gets_the_disk("source-released", false, false);
+    destination_killed_once_owned_opens_the_disk_then("destination-owned", false, false);
+    destination_killed_once_running_keeps_the_disk("destination-running", false, false);
+    source_killed_once_it_has_let_go_of_a_copied_disk_keeps_its_own("source-let-go", true, true);
+    source_killed_once_released_leaves_the_copy_to_the_destination("source-released", true, true);
+    destination_killed_before_it_said_sealed_drops_its_copy("destination-sealed", false, true);
+    destination_killed_once_owned_runs_with_its_copy("destination-owned", false, true);
 }
 
 #[test]

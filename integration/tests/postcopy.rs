@@ -367,21 +367,13 @@ fn crash(point: &str) -> Result<()> {
     pair.finish(NAME)
 }
 
-macro_rules! crashes {
-    ($($name:ident: $point:literal;)*) => {
-        $(#[test]
-        fn $name() -> Result<()> {
-            crash($point)
-        })*
-    };
-}
-
-crashes! {
-    source_killed_when_all_but_memory_was_sent_keeps_the_tree: "source-written";
-    destination_killed_before_it_said_sealed_leaves_the_tree_whole: "destination-sealed";
-    source_killed_after_released_gives_its_memory_when_it_is_back: "source-released";
-    destination_killed_before_the_first_instruction_still_gets_all_memory: "destination-owned";
-    destination_killed_at_the_first_instruction_still_gets_all_memory: "destination-running";
+integration::tests_of! {
+    crash:
+    source_killed_when_all_but_memory_was_sent_keeps_the_tree("source-written");
+    destination_killed_before_it_said_sealed_leaves_the_tree_whole("destination-sealed");
+    source_killed_after_released_gives_its_memory_when_it_is_back("source-released");
+    destination_killed_before_the_first_instruction_still_gets_all_memory("destination-owned");
+    destination_killed_at_the_first_instruction_still_gets_all_memory("destination-running");
 }
 
 #[test]

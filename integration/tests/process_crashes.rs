@@ -99,56 +99,75 @@ fn settled(pair: &HostPair, counter: Counter, home: Home) -> Result<()> {
     Ok(())
 }
 
-macro_rules! crashes {
-    ($($name:ident: $point:literal, $killed:ident => $home:ident;)*) => {
-        $(#[test]
-        fn $name() -> Result<()> {
-            crash($point, Killed::$killed, Home::$home)
-        })*
-    };
-}
+integration::tests_of! {
+    crash:
+    source_killed_before_the_stop_keeps_the_processes(
+        "source-stopped", Killed::Source, Home::Source
+    );
+    destination_killed_before_the_stop_leaves_the_processes_at_the_source(
+        "source-stopped", Killed::Destination, Home::Source
+    );
+    both_killed_before_the_stop_leave_the_processes_at_the_source(
+        "source-stopped", Killed::Both, Home::Source
+    );
 
-crashes! {
-    source_killed_before_the_stop_keeps_the_processes: "source-stopped", Source => Source;
-    destination_killed_before_the_stop_leaves_the_processes_at_the_source:
-        "source-stopped", Destination => Source;
-    both_killed_before_the_stop_leave_the_processes_at_the_source:
-        "source-stopped", Both => Source;
+    source_killed_while_criu_writes_lets_the_processes_go_on(
+        "source-frozen", Killed::Source, Home::Source
+    );
+    destination_killed_while_criu_writes_lets_the_processes_go_on(
+        "source-frozen", Killed::Destination, Home::Source
+    );
+    both_killed_while_criu_writes_let_the_processes_go_on(
+        "source-frozen", Killed::Both, Home::Source
+    );
+    destination_killed_before_criu_reads_lets_the_processes_go_on(
+        "destination-loading", Killed::Destination, Home::Source
+    );
 
-    source_killed_while_criu_writes_lets_the_processes_go_on: "source-frozen", Source => Source;
-    destination_killed_while_criu_writes_lets_the_processes_go_on:
-        "source-frozen", Destination => Source;
-    both_killed_while_criu_writes_let_the_processes_go_on: "source-frozen", Both => Source;
-    destination_killed_before_criu_reads_lets_the_processes_go_on:
-        "destination-loading", Destination => Source;
+    source_killed_after_sealed_takes_the_processes_back(
+        "source-sealed", Killed::Source, Home::Source
+    );
+    destination_killed_after_sealed_ends_with_one_tree(
+        "source-sealed", Killed::Destination, Home::Either
+    );
+    both_killed_after_sealed_leave_the_processes_at_the_source(
+        "source-sealed", Killed::Both, Home::Source
+    );
+    destination_killed_before_it_said_sealed_leaves_the_processes_at_the_source(
+        "destination-sealed", Killed::Destination, Home::Source
+    );
+    source_killed_before_it_heard_of_sealed_keeps_the_processes(
+        "destination-sealed", Killed::Source, Home::Source
+    );
+    both_killed_before_sealed_was_heard_of_leave_the_processes_at_the_source(
+        "destination-sealed", Killed::Both, Home::Source
+    );
 
-    source_killed_after_sealed_takes_the_processes_back: "source-sealed", Source => Source;
-    destination_killed_after_sealed_ends_with_one_tree: "source-sealed", Destination => Either;
-    both_killed_after_sealed_leave_the_processes_at_the_source: "source-sealed", Both => Source;
-    destination_killed_before_it_said_sealed_leaves_the_processes_at_the_source:
-        "destination-sealed", Destination => Source;
-    source_killed_before_it_heard_of_sealed_keeps_the_processes:
-        "destination-sealed", Source => Source;
-    both_killed_before_sealed_was_heard_of_leave_the_processes_at_the_source:
-        "destination-sealed", Both => Source;
+    source_killed_after_released_has_given_the_processes_away(
+        "source-released", Killed::Source, Home::Destination
+    );
+    destination_killed_after_released_still_gets_the_processes(
+        "source-released", Killed::Destination, Home::Destination
+    );
+    both_killed_after_released_end_with_the_processes_at_the_destination(
+        "source-released", Killed::Both, Home::Destination
+    );
 
-    source_killed_after_released_has_given_the_processes_away:
-        "source-released", Source => Destination;
-    destination_killed_after_released_still_gets_the_processes:
-        "source-released", Destination => Destination;
-    both_killed_after_released_end_with_the_processes_at_the_destination:
-        "source-released", Both => Destination;
-
-    destination_killed_before_the_first_instruction_still_runs_the_processes:
-        "destination-owned", Destination => Destination;
-    source_killed_before_the_first_instruction_has_given_the_processes_away:
-        "destination-owned", Source => Destination;
-    both_killed_before_the_first_instruction_end_at_the_destination:
-        "destination-owned", Both => Destination;
-    destination_killed_once_the_processes_run_keeps_them:
-        "destination-running", Destination => Destination;
-    source_killed_before_it_noted_the_confirmation_does_not_run_them_again:
-        "source-activated", Source => Destination;
+    destination_killed_before_the_first_instruction_still_runs_the_processes(
+        "destination-owned", Killed::Destination, Home::Destination
+    );
+    source_killed_before_the_first_instruction_has_given_the_processes_away(
+        "destination-owned", Killed::Source, Home::Destination
+    );
+    both_killed_before_the_first_instruction_end_at_the_destination(
+        "destination-owned", Killed::Both, Home::Destination
+    );
+    destination_killed_once_the_processes_run_keeps_them(
+        "destination-running", Killed::Destination, Home::Destination
+    );
+    source_killed_before_it_noted_the_confirmation_does_not_run_them_again(
+        "source-activated", Killed::Source, Home::Destination
+    );
 }
 
 #[test]
