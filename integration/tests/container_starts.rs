@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use integration::daemon::Daemon;
 use integration::leaks;
 use integration::migctl::Running;
-use integration::process::container::{Bundle, NAME, PORT, counter};
-use integration::process::{can_move, hosts, left, moves, served};
+use integration::process::container::{Bundle, NAME, PORT, counter, spec};
+use integration::process::{Counter, can_move, hosts, left, moves, served, start_moving};
 use integration::two_nets::{Side, on_two_hosts};
 use integration::wait;
 use serde_json::json;
@@ -101,6 +101,12 @@ fn a_daemon_that_is_killed_while_a_container_starts_has_it_when_it_is_back() -> 
         nets.a.kill()?;
         fs::write(word, "")?;
         drop(starting);
+        let keepers = left::keepers(nets.a.state_dir());
+        let started = || {
+            let init = &keepers.first().context("no keeper")?.processes()?;
+            Ok(init.iter().any(|pid| is_of_the_container(*pid)).then_some(()))
+        };
+        wait::until("it to run without a daemon", started)?;
         nets.a.restart()?;
         counter().counts(&nets.a, 3)?;
         // It is in its network, and that moves with it.
@@ -111,6 +117,80 @@ fn a_daemon_that_is_killed_while_a_container_starts_has_it_when_it_is_back() -> 
         wait::until("it to answer from its network", answers)?;
         nets.remove(Side::B, NAME)
     })
+}
+
+fn is_of_the_container(pid: u32) -> bool {
+    let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.contains("count $i")
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_a_hook_waits_serves_at_once_when_it_is_back() -> Result<()> {
+    let mut pair = hosts()?;
+    let bundle = Bundle::make(pair.directory())?;
+    let word = wait_in_a_hook(&bundle)?;
+    let other = Counter { name: "other", ..Counter::small() };
+    other.run(&pair.a)?;
+    let starting = start(&pair.a, &bundle, &[])?;
+    hook_waits(&word)?;
+    pair.a.kill()?;
+    drop(starting);
+    pair.a.restart()?;
+    other.counts(&pair.a, 2)?;
+    // It has never run, and does not when the hook would let it.
+    let listed = pair.a.workloads()?;
+    let found = listed.iter().find(|w| w["name"] == NAME).context("it is not listed")?;
+    let reason = found["reason"].as_str().unwrap_or_default();
+    ensure!(found["state"] == "stopped" && reason.contains("being started"), "{listed:?}");
+    nothing_runs(&word)?;
+    pair.a.migctl(&["rm", NAME])?.ok()?;
+    bundle.write(&spec("sleep 1000"))?;
+    bundle.start(&pair.a, &[])?.ok()?;
+    pair.a.migctl(&["stop", NAME, "--force"])?.ok()?;
+    pair.a.migctl(&["rm", NAME])?.ok()?;
+    pair.finish(other.name)
+}
+
+/// Waits until no process has that in its command.
+fn nothing_runs(word: &Path) -> Result<()> {
+    let word = word.display().to_string();
+    let has = |pid: &str| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&word)
+    };
+    wait::until("a hook to be gone", || {
+        let all = fs::read_dir("/proc")?.flatten().filter_map(|e| e.file_name().into_string().ok());
+        let pids = all.filter(|name| name.bytes().all(|c| c.is_ascii_digit()));
+        Ok((!pids.into_iter().any(|pid| has(&pid))).then_some(()))
+    })
+}
+
+#[test]
+fn a_move_that_is_cancelled_ends_the_hook_at_the_destination() -> Result<()> {
+    let pair = hosts()?;
+    let bundle = Bundle::make(pair.directory())?;
+    let word = bundle.path.join("go-on");
+    // It waits where it runs for the second time.
+    let hook = format!(
+        "w={}; if [ -e $w.first ]; then echo > $w.waits; sleep 100; echo > $w.went-on; fi; \
+         echo > $w.first",
+        word.display()
+    );
+    let mut spec = bundle.spec()?;
+    spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sh", "args": ["sh", "-c", hook]}]});
+    bundle.write(&spec)?;
+    bundle.run(&pair.a, &[])?;
+    let moving = start_moving(&pair.a, &pair.b.to(), NAME)?;
+    hook_waits(&word)?;
+    pair.a.migctl(&["cancel", NAME])?.ok()?;
+    ensure!(moving.wait()?.status != 0, "it has moved");
+    nothing_runs(&word)?;
+    ensure!(!word.with_extension("went-on").exists(), "the hook went on");
+    counter().counts(&pair.a, 5)?;
+    leaks::expect_nothing_left(&pair.b)?;
+    fs::remove_file(word.with_extension("first"))?;
+    moves(&pair.a, &pair.b, NAME, &[])?;
+    pair.finish(NAME)
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -135,6 +136,28 @@ fn hooks_run_where_the_container_begins_and_ends() -> Result<()> {
     leaks::expect_nothing_left(&pair.a)?;
     let noted = fs::read_to_string(&notes)?;
     ensure!(noted == "created\ncreated\nstopped\n", "{noted:?}");
+    pair.finish(NAME)
+}
+
+#[test]
+fn a_directory_that_is_mounted_by_a_symbolic_link_moves() -> Result<()> {
+    let (pair, bundle) = with_bundle()?;
+    let (real, link) = (bundle.path.join("data"), bundle.path.join("link"));
+    symlink(&real, &link)?;
+    let mut spec = bundle.spec()?;
+    let mounts = spec["mounts"].as_array_mut().context("no mounts")?;
+    let data = mounts.iter_mut().find(|mount| mount["destination"] == "/data");
+    data.context("no data")?["source"] = json!(link);
+    bundle.write(&spec)?;
+    bundle.run(&pair.a, &[])?;
+    moves(&pair.a, &pair.b, NAME, &[])?;
+    is_whole(&pair.b)?;
+    // A link that leads nowhere is as good as none.
+    fs::rename(&real, bundle.path.join("away"))?;
+    plan(&pair.b, &pair.a)?.expect(3, &["container-mount", "link"])?;
+    fs::rename(bundle.path.join("away"), &real)?;
+    moves(&pair.b, &pair.a, NAME, &[])?;
+    counter().counts(&pair.a, 5)?;
     pair.finish(NAME)
 }
 

@@ -163,14 +163,24 @@ impl PidFd {
         Err(io::Error::last_os_error())
     }
 
+    /// Whether it is a child of ours that has ended otherwise than well. It is not reaped.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.ended(libc::WNOWAIT).is_some_and(|status| !status.success())
+    }
+
     /// Takes the exit status of a child of ours that has ended, so that no
     /// zombie stays; `None` when it is not our child or has not ended.
     #[must_use]
     pub fn reap(&self) -> Option<ExitStatus> {
+        self.ended(0)
+    }
+
+    fn ended(&self, how: libc::c_int) -> Option<ExitStatus> {
         // SAFETY: all zero is a valid siginfo_t.
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
         let id = libc::id_t::try_from(self.0.as_raw_fd()).ok()?;
-        let flags = libc::WEXITED | libc::WNOHANG;
+        let flags = libc::WEXITED | libc::WNOHANG | how;
         // SAFETY: `info` outlives the call.
         let result = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, flags) };
         // SAFETY: after a successful waitid these fields are set, or zero.

@@ -26,7 +26,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
 
 pub use restore::restore;
-pub use runc::{CallOff, Start, start, wait};
+pub use runc::{CallOff, Start, end_all, start, wait};
 pub use shim::{ShimArgs, shim};
 pub use spec::{MAX_SPEC, Network, Spec, SpecError};
 

@@ -136,7 +136,9 @@ impl Restore<'_> {
             Ok(()) => cgroup.set_frozen(false).map(|()| true).map_err(system),
             Err(Ended::Refused) if !wanted => Ok(false),
             // Which of the two it was is in its words.
-            Err(Ended::Broken(CriuError::Socket(error))) => Err(system(error)),
+            Err(Ended::Broken(CriuError::Socket(error))) => {
+                Err(system_failure(&format!("runc, or CRIU below it, has ended: {error}")))
+            }
             Err(ended) => Err(self.work.failure(RESTORE_LOG, ended)),
         }
     }

@@ -1,10 +1,12 @@
 //! runc at work for a keeper.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -148,7 +150,10 @@ impl Running {
         isolate(&mut command, Vec::<(OwnedFd, _)>::new());
         let mut child = command.spawn()?;
         match PidFd::open(child.id()) {
-            Ok(process) => Ok(Self { child, process, over: false }),
+            Ok(process) => {
+                at_work().insert(child.id());
+                Ok(Self { child, process, over: false })
+            }
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -184,7 +189,16 @@ impl Running {
                 "runc, or a hook that it runs, takes longer than {limit:?}"
             )));
         }
+        // It has ended, and has its number until it is reaped: nobody may signal its group
+        // after that.
+        let mut at_work = at_work();
+        let failed = self.process.failed();
+        if failed {
+            // What it has started, as a hook, is of no use without it.
+            end_group(self.child.id());
+        }
         let status = self.child.wait()?;
+        at_work.remove(&self.child.id());
         self.over = true;
         Ok(status)
     }
@@ -195,11 +209,28 @@ impl Drop for Running {
         if self.over {
             return;
         }
-        if let Ok(group) = i32::try_from(self.child.id()) {
-            let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
-        }
+        let mut at_work = at_work();
+        end_group(self.child.id());
         let _ = self.child.kill();
         let _ = self.child.wait();
+        at_work.remove(&self.child.id());
+    }
+}
+
+/// The runcs that are at work, by number: each is the leader of a group, with its hooks.
+fn at_work() -> MutexGuard<'static, BTreeSet<u32>> {
+    static AT_WORK: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+    AT_WORK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends every runc that is at work, with the hooks that it runs.
+pub fn end_all() {
+    at_work().iter().for_each(|leader| end_group(*leader));
+}
+
+fn end_group(leader: u32) {
+    if let Ok(group) = i32::try_from(leader) {
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
     }
 }
 

@@ -278,11 +278,20 @@ impl Spec {
         serde_json::to_vec(&whole).unwrap_or_default()
     }
 
-    /// The same on one host: in that cgroup, and in the network namespace of that
-    /// path if it is to be in another than it says.
+    /// The same on this host: in that cgroup, and in the network namespace of that
+    /// path if it is to be in another than it says. What is mounted into it is named without
+    /// symbolic links, which CRIU does not follow where runc does.
     #[must_use]
     pub fn on_host(&self, cgroup: &str, network: Option<&str>) -> Vec<u8> {
         let mut whole = self.whole.clone();
+        for mount in list_mut(&mut whole, "mounts").filter(|mount| is_bind(mount)) {
+            let Some(source) = mount.get_mut("source") else { continue };
+            // What is not there is runc's to name.
+            let real = source.as_str().and_then(|source| std::fs::canonicalize(source).ok());
+            if let Some(real) = real.as_deref().and_then(Path::to_str) {
+                *source = Value::from(real);
+            }
+        }
         if let Some(linux) = whole.get_mut("linux").and_then(Value::as_object_mut) {
             linux.insert("cgroupsPath".into(), json!(format!("/{cgroup}")));
             if let (Some(path), Some(Value::Array(namespaces))) =

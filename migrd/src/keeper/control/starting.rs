@@ -73,8 +73,11 @@ impl Control {
         self.reply(waits, runs.map_err(|e| words(&e)));
     }
 
-    /// Ends a start that is under way.
+    /// Ends a start that is under way; and a runc that makes it again, which ends without it.
     pub(super) fn end_start(&mut self) {
+        if matches!(self.phase, Phase::Restoring { .. }) {
+            container::end_all();
+        }
         while let Phase::Starting { call_off, .. } = &mut self.phase {
             *call_off = None;
             // The sender is this process's own.

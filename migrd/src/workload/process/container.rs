@@ -4,9 +4,13 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 
 use crate::keeper::container::{BUNDLE, Network, RUNC, Spec, runc_root};
 use crate::keeper::init::DEFAULT_PATH;
@@ -72,7 +76,7 @@ pub(super) fn lacking(spec: &Spec, brought: bool) -> Vec<Problem> {
         ),
     }
     for (inside, source) in spec.binds() {
-        if let Err(error) = fs::symlink_metadata(&source) {
+        if let Err(error) = fs::metadata(&source) {
             missing(
                 "container-mount",
                 format!(
@@ -153,6 +157,8 @@ fn delete(runc: &Path, root: &Path, id: &OsStr) -> io::Result<()> {
     command.arg("--root").arg(root).args(["delete", "--force"]).arg(id);
     command.env_clear().env("PATH", DEFAULT_PATH).current_dir("/");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // Its hooks are in its group.
+    command.process_group(0);
     let mut child = command.spawn()?;
     let started = Instant::now();
     loop {
@@ -160,6 +166,9 @@ fn delete(runc: &Path, root: &Path, id: &OsStr) -> io::Result<()> {
             Some(status) if status.success() => return Ok(()),
             Some(status) => return Err(io::Error::other(format!("runc delete: {status}"))),
             None if started.elapsed() > DELETE_LIMIT => {
+                if let Ok(group) = i32::try_from(child.id()) {
+                    let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+                }
                 child.kill()?;
                 child.wait()?;
                 return Err(io::Error::other("runc delete, or a hook of it, does not end"));

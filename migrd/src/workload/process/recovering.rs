@@ -79,10 +79,17 @@ impl Recovers for ProcessEngine {
             let cgroup = self.cgroup(id).unwrap_or_default();
             return Ok(Box::new(Tree::ended(self.place(id), cgroup, why)));
         };
+        if tree.phase() == KeeperPhase::Empty {
+            // Whoever asked for it was told nothing, and it has not run.
+            tree.stop().await?;
+            let why = "migrd ended while it was being started, and it was not: start it again";
+            let cgroup = self.cgroup(id).unwrap_or_default();
+            return Ok(Box::new(Tree::ended(self.place(id), cgroup, why)));
+        }
         let done = match (tree.phase(), paused) {
             (KeeperPhase::Dumping, _) => tree.thaw().await,
             (KeeperPhase::Restored, _) => tree.release(paused).await,
-            (KeeperPhase::Empty | KeeperPhase::Paused, false) => tree.resume().await,
+            (KeeperPhase::Paused, false) => tree.resume().await,
             (KeeperPhase::Running, true) => tree.pause().await,
             (KeeperPhase::Running, false) => {
                 tree.rejoin().await;

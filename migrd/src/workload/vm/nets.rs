@@ -112,8 +112,8 @@ impl NetError {
             Self::NotBridge { name } => (
                 "destination-bridge-missing",
                 format!(
-                    "rename the interface {name} there if that can be, or start the VM with a \
-                     bridge of another name"
+                    "rename the interface {name} there if that can be, or start the workload with \
+                     a bridge of another name"
                 ),
             ),
             Self::HardwareTaken { .. } => (

@@ -183,7 +183,11 @@ impl Ends {
 pub(super) fn bridge(host: &mut Route, name: &str) -> Result<Link, NetError> {
     let found = host.named(name).map_err(system("look at", name))?;
     let none = || nets::NetError::NoBridge { bridge: name.to_owned() };
-    Ok(found.filter(|link| link.is_bridge).ok_or_else(none)?)
+    let found = found.ok_or_else(none)?;
+    if !found.is_bridge {
+        return Err(nets::NetError::NotBridge { name: name.to_owned() }.into());
+    }
+    Ok(found)
 }
 
 pub(super) fn address_is_free(address: IpAddr) -> Result<(), NetError> {
