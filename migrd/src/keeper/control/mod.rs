@@ -167,8 +167,7 @@ impl Control {
         if right {
             return Ok(());
         }
-        let phase = self.status().phase();
-        Err(io::Error::other(format!("it can't {what} in phase {}", phase.as_str_name())))
+        Err(io::Error::other(format!("it can't {what}: {}", self.phase.words())))
     }
 
     /// From now on hears of the end of an init.
@@ -406,6 +405,7 @@ impl Control {
                 self.ahead.forget_daemon();
                 self.lacking.forget_daemon();
                 self.call_off();
+                self.forget_start();
                 let (config, status) = (Some(self.config.clone()), Some(self.status()));
                 let hello = proto::KeeperHelloReply { config, status };
                 self.reply_with(id, keeper_reply::Reply::Hello(hello));

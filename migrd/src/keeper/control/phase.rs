@@ -19,7 +19,7 @@ pub(super) enum Phase {
     Starting {
         /// `None`: it was called off.
         call_off: Option<CallOff>,
-        waits: u64,
+        waits: Option<u64>,
     },
     Running,
     Paused,
@@ -78,6 +78,22 @@ impl Phase {
             Self::Running | Self::Paused => true,
             Self::Dumping { stage, .. } => stage.is_before(),
             _ => false,
+        }
+    }
+
+    /// For a message.
+    pub(super) fn words(&self) -> &'static str {
+        match self {
+            Self::Empty => "it was not started",
+            Self::Starting { .. } => "it is being started",
+            Self::Running => "it runs",
+            Self::Paused => "it is paused",
+            Self::Dumping { stage, .. } if stage.is_before() => "it is about to be written",
+            Self::Dumping { .. } => "it is being written",
+            Self::Restoring { .. } => "it is being made",
+            Self::Restored(_) => "it is complete and has not run",
+            Self::Releasing { .. } => "it is being let go",
+            Self::Ended(_) => "it has ended",
         }
     }
 

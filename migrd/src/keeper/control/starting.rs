@@ -16,7 +16,7 @@ impl Control {
     pub(super) fn start(&mut self, id: u64) -> Option<io::Result<()>> {
         // A daemon that has restarted asks again: only it still waits.
         if let Phase::Starting { waits, .. } = &mut self.phase {
-            *waits = id;
+            *waits = Some(id);
             return None;
         }
         let begun = self.begin(id);
@@ -48,7 +48,7 @@ impl Control {
         let tell = move |news| teller.tell(Told::Work(news));
         let call_off = Some(container::start(container.clone(), start, tell)?);
         self.stdio = Some(stdio);
-        self.phase = Phase::Starting { call_off, waits: id };
+        self.phase = Phase::Starting { call_off, waits: Some(id) };
         Ok(())
     }
 
@@ -70,7 +70,16 @@ impl Control {
         if runs.is_err() {
             self.stdio = None;
         }
-        self.reply(waits, runs.map_err(|e| words(&e)));
+        if let Some(waits) = waits {
+            self.reply(waits, runs.map_err(|e| words(&e)));
+        }
+    }
+
+    /// Another daemon has come: the one before waits for nothing any more.
+    pub(super) fn forget_start(&mut self) {
+        if let Phase::Starting { waits, .. } = &mut self.phase {
+            *waits = None;
+        }
     }
 
     /// Ends a start that is under way; and a runc that makes it again, which ends without it.

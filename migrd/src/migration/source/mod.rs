@@ -302,6 +302,9 @@ impl Run {
     }
 }
 
+/// How long the end of a workload may take to be heard of once its memory is gone.
+const END_HEARD: Duration = Duration::from_secs(1);
+
 /// Ends a wait early: cancelled, timed out, or the workload has ended.
 struct Interrupt {
     cancel: CancellationToken,
@@ -329,7 +332,17 @@ impl Interrupt {
             () = self.shutdown.cancelled() => Err(MigrationError::ShuttingDown),
             reason = ended(&mut self.state) => Err(MigrationError::Ended(reason)),
             () = late => Err(MigrationError::TimedOut(self.timeout)),
-            done = work => done.map_err(Into::into),
+            done = work => match done.map_err(Into::into) {
+                Err(error @ MigrationError::Link(LinkError::Source(_))) => {
+                    // Memory that is not there any more is that of a workload that has ended,
+                    // which may be heard of a moment later.
+                    match tokio::time::timeout(END_HEARD, ended(&mut self.state)).await {
+                        Ok(reason) => Err(MigrationError::Ended(reason)),
+                        Err(_) => Err(error),
+                    }
+                }
+                done => done,
+            },
         }
     }
 }
