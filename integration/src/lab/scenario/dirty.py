@@ -4,6 +4,7 @@
 #
 # Arguments: MiB of memory, pages written a second.
 import mmap
+import os
 import signal
 import struct
 import sys
@@ -18,8 +19,8 @@ FILLS = [bytes([fill]) * (PAGE - 16) for fill in range(1, 256)]
 
 
 def say(text):
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    # A handler of a signal may be in the middle of another line: buffers can't take that.
+    os.write(1, (text + "\n").encode())
 
 
 def stamp(page, value):
