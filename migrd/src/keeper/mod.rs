@@ -9,10 +9,10 @@
 //! [`init`]'s, in the [`mounts`] and the [`cgroup`] made for them, with [`stdio`] as
 //! their input and output. `ahead` has [`criu`] write memory while a tree runs; [`hold`]
 //! has it write a tree, or make one, and holds it there, with its [`timers`] and its
-//! [`tcp_options`] in order, until the daemon has decided which copy is to run; [`adopt`] does both at once with a tree that was not started here,
-//! and puts a [`reaper`] above it; [`container`] does for containers what [`tree`] and
-//! [`hold`] do for other trees; [`connections`] makes good what a CRIU that was killed
-//! has left.
+//! [`tcp_options`] in order, until the daemon has decided which copy is to run; [`adopt`]
+//! does both at once with a tree that was not started here, and puts a [`reaper`] above
+//! it; [`container`] does for containers what [`tree`] and [`hold`] do for other trees;
+//! [`connections`] makes good what a CRIU that was killed has left.
 
 pub mod adopt;
 mod ahead;

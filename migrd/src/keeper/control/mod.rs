@@ -2,7 +2,7 @@
 //! ([`phase`]).
 //!
 //! ```text
-//!            start          dump, stop
+//!            start          dump, stop            [`starting`]
 //!   Empty ──────────▶ Running ──────▶ Dumping ──kill──▶ Ended
 //!     │ restore         ▲  ▲             │
 //!     │ or adopt        │  └────thaw─────┘        [`leaving`]
